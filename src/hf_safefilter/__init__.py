@@ -1,0 +1,35 @@
+"""Find the harmless-looking fine-tuning rows that would make an aligned chat model stop refusing.
+
+Nothing heavy is imported here: each public name loads its module when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .anchors import AnchorSet
+    from .scorer import SafetyRiskScorer
+    from .select import filter_risky, select_risky
+
+__all__ = ["AnchorSet", "SafetyRiskScorer", "__version__", "filter_risky", "select_risky"]
+
+_MODULE_OF = {
+    "AnchorSet": "anchors",
+    "SafetyRiskScorer": "scorer",
+    "filter_risky": "select",
+    "select_risky": "select",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

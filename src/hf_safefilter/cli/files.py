@@ -1,0 +1,81 @@
+"""Rows in and out of files, folders and the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
+from ..files import replacing
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SCORED = "scored.parquet"
+# By suffix: the Dataset methods that read and write it.
+_READERS = {".json": "from_json", ".jsonl": "from_json", ".csv": "from_csv", ".parquet": "from_parquet"}
+_WRITERS = {".parquet": "to_parquet", ".jsonl": "to_json", ".csv": "to_csv"}
+
+
+def read_rows(data: str, split: str | None = None) -> Dataset:
+    """Rows from a file (json, jsonl, csv, parquet), a folder (saved dataset, `score`'s output, data files) or a Hub id.
+
+    Raises:
+        InputError: nothing there, several splits and none chosen, or a file that cannot be read; one line.
+    """
+    from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+    path = Path(data)
+    if path.is_dir() and (path / SCORED).is_file():
+        path = path / SCORED
+    try:
+        if path.is_file():
+            if path.suffix not in _READERS:
+                raise InputError(f"{data}: cannot read {path.suffix or 'a file without a suffix'}; use {_listed(_READERS)}")
+            if path.stat().st_size == 0:
+                raise InputError(f"{data} is empty")
+            loaded: Any = getattr(Dataset, _READERS[path.suffix])(str(path))
+        elif path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
+            loaded = load_from_disk(str(path))
+        else:
+            loaded = load_dataset(data)
+    except DatasetGenerationError as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise InputError(f"{data} cannot be read: {reason}") from None
+    except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
+        raise InputError(f"no data at {data!r}: not a file or folder here, and not on the Hub ({_first(error)})") from None
+    except (ValueError, UnicodeError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{data} cannot be read: {_first(error)}") from None
+    if isinstance(loaded, DatasetDict):
+        if split is None and len(loaded) > 1 and "train" not in loaded:
+            raise InputError(f"{data} has several splits: choose one with --split, of {_listed(loaded)}")
+        split = split or ("train" if "train" in loaded else next(iter(loaded)))
+        if split not in loaded:
+            raise InputError(f"{data} has no split {split!r}; it has {_listed(loaded)}")
+        loaded = loaded[split]
+    return loaded
+
+
+def check_output(path: Path) -> Path:
+    """Raise `InputError` where rows cannot be written in the format that the name asks for."""
+    if path.suffix not in _WRITERS:
+        raise InputError(f"cannot write {str(path)!r}: end its name in {_listed(_WRITERS)}")
+    return path
+
+
+def write_rows(ds: Dataset, path: Path) -> None:
+    """Write rows in the format that the name asks for, in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(check_output(path)) as temporary:
+        getattr(ds, _WRITERS[path.suffix])(str(temporary))
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(sorted(names))
+
+
+def _first(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]

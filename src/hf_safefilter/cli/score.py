@@ -1,0 +1,170 @@
+"""`hf-safefilter score`: score a dataset with a model and leave the scored rows and an account of the run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import EvaluationError, InputError
+from .files import SCORED, read_rows, write_rows
+from .show import row_text, table
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from ..scorer import SafetyRiskScorer
+
+RUN_FILE = "run.json"
+
+
+def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Add `score`."""
+    p = commands.add_parser(
+        "score",
+        parents=[common],
+        help="score the rows of a dataset",
+        description=f"Score rows; higher is riskier. Writes OUT/{SCORED} and OUT/{RUN_FILE}.",
+    )
+    p.add_argument("data", help="a Hub id, a folder, or a json, jsonl, csv or parquet file")
+    p.add_argument("--model", required=True, help="a Hub id, a folder or a .gguf file")
+    p.add_argument("--out", required=True, type=Path, help="folder for the results")
+    p.add_argument("--revision", help="branch, tag or commit of the model")
+    p.add_argument("--gguf-file", help="the GGUF file in the model's folder or repository")
+    p.add_argument("--adapter", help="a PEFT adapter, merged into the model")
+    p.add_argument("--anchors", default="default", help="an anchor file, folder or Hub id (default: the built-in set)")
+    p.add_argument("--scores", default="gradient,representation", help="names with commas between, or all (default: %(default)s)")
+    p.add_argument("--top-n", type=int, default=1, help="nearest anchors averaged by representation (default: 1)")
+    p.add_argument("--columns", help="where the prompt and the response are, such as prompt=q,completion=a")
+    p.add_argument("--split", help="split of the dataset (default: train)")
+    p.add_argument("--limit", type=int, help="score only the first LIMIT rows")
+    p.add_argument("--target", default="assistant", help="assistant, last_assistant, completion or all (default: assistant)")
+    p.add_argument("--max-length", type=int, default=1024, help="tokens kept of each row (default: 1024)")
+    p.add_argument("--batch-tokens", type=int, help="padded tokens in a micro-batch")
+    p.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (default: auto)")
+    p.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    p.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Score and save."""
+    if args.limit is not None and args.limit < 1:
+        raise InputError(f"--limit must be at least 1, got {args.limit}")
+    columns = _columns(args.columns)
+    scores = _scores(args.scores, args.top_n)  # cheap checks first: reading data and loading libraries take seconds
+    from ..scorer import SafetyRiskScorer
+
+    scorer = SafetyRiskScorer(
+        args.model,
+        anchors=args.anchors,
+        scores=scores,
+        revision=args.revision,
+        adapter=args.adapter,
+        gguf_file=args.gguf_file,
+        dtype=args.dtype,
+        device=args.device,
+        max_length=args.max_length,
+        target=args.target,
+        batch_tokens=args.batch_tokens,
+        columns=columns,
+    )
+    rows = read_rows(args.data, args.split)
+    if args.limit is not None:
+        rows = rows.select(range(min(args.limit, len(rows))))
+    scored, account = score_and_save(rows, scorer, args.out, data=args.data)
+    if args.json:
+        print(json.dumps(account))
+    else:
+        print(riskiest(scored, scorer, 10))
+        print(f"\n{account['scored']} of {account['rows']} rows scored in {account['seconds']:.0f} s; wrote {args.out / SCORED}")
+        for reason, count in account["unscored"].items():
+            print(f"  {count} without a score: {reason}")
+    return 0
+
+
+def score_and_save(rows: Dataset, scorer: SafetyRiskScorer, out: Path, *, data: str) -> tuple[Dataset, dict[str, Any]]:
+    """Score rows and write them with an account of the run; returns both.
+
+    Raises:
+        InputError: no rows, or columns in no known layout.
+        EvaluationError: no row could be scored.
+    """
+    if not len(rows):
+        raise InputError(f"{data} has no rows")
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    # Gradient passes take rows one by one: small calls, so that the bar moves.
+    batch_size = 16 if scorer.needs.gradient else 256
+    scored = rows.map(scorer, batched=True, batch_size=batch_size, desc="Scoring")
+    seconds = time.perf_counter() - started
+    risk = [c for c in scorer.result_columns if c.startswith("risk_") and c != "risk_status"]
+    unscored = [row["risk_status"] for row in scored.select_columns([*risk, "risk_status"]) if row[risk[0]] is None]
+    write_rows(scored, out / SCORED)
+    account = {
+        "command": "score",
+        "data": data,
+        "rows": len(rows),
+        "scored": len(rows) - len(unscored),
+        "unscored": dict(Counter(unscored).most_common()),
+        "tokens": sum(n or 0 for n in scored["total_tokens"][:]),
+        "seconds": round(seconds, 2),
+        "score_columns": risk,
+        "model": asdict(scorer.spec),
+        "anchors": {"name": scorer.anchors.name, "sha256": scorer.anchors.content_hash},
+        "scores": [score.key() for score in scorer.scores],
+        "options": {"target": scorer.target, "max_length": scorer.max_length, "columns": scorer.columns},
+        "fingerprint": scorer.fingerprint,
+        "versions": versions(),
+    }
+    write_json(out / RUN_FILE, account)
+    if len(unscored) == len(rows):
+        raise EvaluationError(f"none of the {len(rows)} rows could be scored; the first: {unscored[0]}")
+    return scored, account
+
+
+def riskiest(scored: Dataset, scorer: SafetyRiskScorer, count: int) -> str:
+    """The riskiest rows by the default score, as a table."""
+    from ..formats import find_layout
+    from ..select import default_score, score_columns, select_risky
+
+    by = default_score(score_columns(scored))
+    top = select_risky(scored, k=min(count, sum(v is not None for v in scored[by][:])), by=by, unscored="drop")
+    parts = find_layout(scored.column_names, scorer.columns).columns
+    lines = [{"rank": i + 1, by: row[by], "row": row_text(row, parts)} for i, row in enumerate(top)]
+    return table(lines, ["rank", by, "row"], {"row": 90})
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON in one step."""
+    from ..files import write_atomically
+
+    write_atomically(path, (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
+
+
+def versions() -> dict[str, str]:
+    """The versions that a score depends on."""
+    from importlib.metadata import version
+    from platform import python_version
+
+    names = ("hf-safefilter", "torch", "transformers", "datasets", "tokenizers", "peft")
+    return {"python": python_version(), **{name: version(name) for name in names}}
+
+
+def _columns(text: str | None) -> dict[str, str] | None:
+    if text is None:
+        return None
+    pairs = [item.partition("=") for item in text.split(",")]
+    if not all(part.strip() and equals and column.strip() for part, equals, column in pairs):
+        raise InputError(f"--columns must look like prompt=q,completion=a, got {text!r}")
+    return {part.strip(): column.strip() for part, _, column in pairs}
+
+
+def _scores(text: str, top_n: int) -> list[Any]:
+    from ..scores import RepresentationScore, resolve_scores
+
+    names = text if text == "all" else [name.strip() for name in text.split(",") if name.strip()]
+    return [RepresentationScore(top_n) if s.name == RepresentationScore.name else s for s in resolve_scores(names)]

@@ -1,0 +1,179 @@
+"""Model, adapter and tokenizer from a Hub id, a folder or a GGUF file; safetensors or GGUF only, never pickles."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from safetensors import SafetensorError
+
+from ..errors import InputError
+from .identity import Source
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+# Loaded models and tokenizers by fingerprint: a scorer that was built from them finds them here after unpickling in the
+# same process or in a fork of it. Weak: the registry must not keep a model alive.
+_LOADED: WeakValueDictionary[str, Any] = WeakValueDictionary()
+
+# What from_pretrained raises for a repository that is missing, damaged or of another kind.
+_LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything needed to load the model again, as plain values; part of the cache key."""
+
+    model: Source
+    tokenizer: Source
+    dtype: str
+    gguf_file: str | None = None
+    adapter: Source | None = None
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ModelSpec:
+        """The inverse of `dataclasses.asdict`."""
+        sources = {name: data[name] and Source(**data[name]) for name in ("model", "tokenizer", "adapter")}
+        return cls(**{**data, **sources})
+
+
+def register(source: Source, loaded: Any) -> None:
+    """Make a loaded object available to scorers that name its `source`."""
+    _LOADED[source.fingerprint] = loaded
+
+
+def default_device() -> str:
+    """`cuda`, `mps` or `cpu`, found without starting CUDA, so that worker processes can still be forked."""
+    if torch.cuda.device_count():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: str | None) -> str:
+    """The name of the dtype to load weights in; `"auto"` is bfloat16 where the device multiplies it fast, else float32.
+
+    CUDA is taken to be fast at it (Ampere or newer): asking the device would start CUDA in the parent process.
+
+    Raises:
+        InputError: not `"auto"` or one of `DTYPES`.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name in DTYPES:
+        return name
+    if name != "auto":
+        raise InputError(f"dtype must be 'auto', {', '.join(map(repr, DTYPES))}, got {dtype!r}")
+    kind = torch.device(device or default_device()).type
+    if kind == "cuda":
+        return "bfloat16"
+    if kind == "cpu":
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"):
+            return "bfloat16"
+    return "float32"
+
+
+def load(spec: ModelSpec, device: str) -> tuple[Any, Any]:
+    """The model, on `device` and in evaluation mode unless it was given loaded, and its tokenizer.
+
+    Raises:
+        InputError: not a causal language model, damaged or incomplete weights, an adapter that does not fit.
+    """
+    tokenizer = _load_tokenizer(spec)
+    if spec.model.kind == "loaded":
+        return _registered(spec.model, "model"), tokenizer
+    model = _load_model(spec)
+    if spec.adapter is not None:
+        model = _merge_adapter(model, spec.adapter)
+    return model.to(device).eval(), tokenizer
+
+
+def check_lm_head(model: Any) -> None:
+    """Raise `InputError` where the model gives no token logits."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        raise InputError(f"{type(model).__name__} has no language-model head; pass a causal language model (...ForCausalLM)")
+
+
+def _registered(source: Source, what: str) -> Any:
+    loaded = _LOADED.get(source.fingerprint)
+    if loaded is None:
+        raise InputError(
+            f"this scorer was built from a loaded {what} ({source.name}) that this process does not hold; "
+            f"pass a Hub id or a folder to use it in another process"
+        )
+    return loaded
+
+
+def _from(source: Source) -> dict[str, Any]:
+    """Arguments of from_pretrained that name exactly this source."""
+    pinned = {"revision": source.fingerprint} if source.kind == "hub" else {}
+    return {"pretrained_model_name_or_path": source.name, "trust_remote_code": False, **pinned}
+
+
+def _load_tokenizer(spec: ModelSpec) -> Any:
+    from transformers import AutoTokenizer
+
+    if spec.tokenizer.kind == "loaded":
+        return _registered(spec.tokenizer, "tokenizer")
+    gguf = {"gguf_file": spec.gguf_file} if spec.gguf_file and spec.tokenizer == spec.model else {}
+    try:
+        return AutoTokenizer.from_pretrained(**_from(spec.tokenizer), **gguf)
+    except _LOAD_ERRORS as error:
+        raise InputError(f"cannot load the tokenizer of {spec.tokenizer.name!r}: {_first_line(error)}") from None
+
+
+def _load_model(spec: ModelSpec) -> Any:
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    options: dict[str, Any] = {"use_safetensors": True}
+    if spec.gguf_file:
+        # Without dequantize the weights may stay in GGUF blocks, which have no gradients.
+        options = {"gguf_file": spec.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            **_from(spec.model), dtype=DTYPES[spec.dtype], output_loading_info=True, **options
+        )
+    except _LOAD_ERRORS as error:
+        raise InputError(f"cannot load the model {spec.model.name!r}: {_first_line(error)}") from None
+    if missing := sorted(info["missing_keys"]):
+        # transformers would fill these with random numbers and go on.
+        raise InputError(
+            f"the model {spec.model.name!r} is incomplete: {len(missing)} weights are missing, {missing[0]!r} among them "
+            f"(a base model without its language-model head?)"
+        )
+    check_lm_head(model)
+    return model
+
+
+def _merge_adapter(model: Any, adapter: Source) -> Any:
+    from huggingface_hub import snapshot_download
+    from peft import PeftModel
+
+    folder = Path(adapter.name)
+    if adapter.kind == "hub":
+        files = ["adapter_config.json", "adapter_model.safetensors"]
+        folder = Path(snapshot_download(adapter.name, revision=adapter.fingerprint, allow_patterns=files))
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise InputError(f"the adapter {adapter.name!r} has no adapter_model.safetensors (pickled weights are not loaded)")
+    try:
+        merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    except _LOAD_ERRORS as error:
+        raise InputError(f"the adapter {adapter.name!r} does not fit the model: {_first_line(error)}") from None
+    return merged
+
+
+def accepts_logits_to_keep(model: Any) -> bool:
+    """Whether the model can give logits at chosen positions only."""
+    return "logits_to_keep" in inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0][:300]

@@ -1,0 +1,23 @@
+"""The package's errors: each says what was wrong, where, and how to fix it, in one line."""
+
+from __future__ import annotations
+
+
+class SafefilterError(Exception):
+    """Base of every error that this package raises on purpose; `exit_code` is what the CLI ends with."""
+
+    exit_code = 2
+
+
+class InputError(SafefilterError, ValueError):
+    """An argument, a column or a file is wrong; the caller can fix it (exit code 1)."""
+
+    exit_code = 1
+
+
+class EvaluationError(SafefilterError, RuntimeError):
+    """The input was fine, but the work could not be done (exit code 2)."""
+
+
+class UnscorableRow(Exception):
+    """One row cannot be scored; the message becomes its `risk_status`. It never leaves the scorer."""

@@ -1,0 +1,1 @@
+"""Refusals: the prompts they are measured on."""

@@ -1,0 +1,298 @@
+"""`SafetyRiskScorer`: the callable that `datasets.map` runs over a fine-tuning set.
+
+It is a small value: what to score with, named exactly. Its pickled state is the cache key of `datasets.map` and what worker
+processes receive; the model and the fitted anchors live in the process's session (`session.py`), made at the first call.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from functools import reduce
+from operator import or_
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from .anchors import AnchorSet
+from .chat import ChatEncoder, Example, Target, check_options
+from .engine.gradients import trainable
+from .engine.identity import Source, module_source, module_stamp, resolve, tokenizer_source
+from .engine.loading import ModelSpec, check_lm_head, register, resolve_dtype
+from .engine.passes import Needs
+from .errors import InputError, UnscorableRow
+from .formats import check_columns
+from .scores import Score, resolve_scores
+from .session import Session, open_session
+from .tables import Columns, Table
+
+# Part of the cache key: raise it whenever the same rows would get other columns for a reason that no score's own version tells.
+SCORE_VERSION = 1
+
+_COUNTS = ("target_tokens", "total_tokens")
+_OPTIONS = ("device", "max_length", "target", "batch_tokens", "columns")
+
+
+class SafetyRiskScorer:
+    """Scores rows by how much fine-tuning on them would weaken refusals; higher is riskier.
+
+    Use it with `datasets`: `scored = ds.map(scorer, batched=True)`. Each score adds float32 columns `risk_...` and details;
+    `risk_status` is `"ok"`, or a remark (truncation), or why the row has `None` in its score columns.
+
+    Args:
+        model: a Hub id, a folder, a `.gguf` file, or a loaded causal language model.
+        anchors: an `AnchorSet`, or what `AnchorSet.load` takes.
+        scores: names, `Score` objects with options, or `"all"`.
+        tokenizer: a name or a loaded tokenizer; by default the model's own. Needed with a loaded model.
+        revision: branch, tag or commit of a Hub id; resolved to a commit here.
+        adapter: a PEFT adapter (folder or Hub id), merged into the model.
+        gguf_file: the GGUF file in `model`'s folder or repository, loaded dequantized.
+        dtype: `"auto"` (bfloat16 where the device multiplies it fast, else float32), or a name or `torch.dtype`.
+        device: where to run; by default the first GPU, or GPU `rank` with `map(..., with_rank=True)`, or the CPU.
+        max_length: tokens kept from the start of each row.
+        target: which tokens count; see `ChatEncoder`.
+        batch_tokens: padded tokens in a micro-batch; changes speed and memory, not scores.
+        columns: which columns hold the prompt and the response, for example `{"prompt": "q", "completion": "a"}`.
+
+    Raises:
+        InputError: an argument is wrong; the message names the fix. Weights are not read before the first call.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        anchors: AnchorSet | str | Path = "default",
+        scores: str | Score | Iterable[str | Score] = ("gradient", "representation"),
+        *,
+        tokenizer: Any = None,
+        revision: str | None = None,
+        adapter: str | Path | None = None,
+        gguf_file: str | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | None = None,
+        max_length: int = 1024,
+        target: Target = "assistant",
+        batch_tokens: int | None = None,
+        columns: Mapping[str, str] | None = None,
+    ) -> None:
+        check_options(max_length, target)
+        if batch_tokens is not None and (not isinstance(batch_tokens, int) or batch_tokens < 1):
+            raise InputError(f"batch_tokens must be a whole number of at least 1, got {batch_tokens!r}")
+        self.scores = resolve_scores(scores)
+        self.anchors = anchors if isinstance(anchors, AnchorSet) else AnchorSet.load(anchors)
+        self.columns = check_columns(columns)
+        self.device = None if device is None else str(_checked_device(device))
+        self.max_length = max_length
+        self.target: Target = target
+        self.batch_tokens = batch_tokens
+        self._loaded: list[Any] = []  # keeps the objects in the weak registry alive as long as this scorer
+        self._model: torch.nn.Module | None = None
+        tokenizer_from = self._tokenizer(tokenizer)
+        if isinstance(model, str | Path):
+            self.spec = self._named_model(str(model), tokenizer_from, revision, adapter, gguf_file, dtype)
+        else:
+            self.spec = self._loaded_model(model, tokenizer_from, revision, adapter, gguf_file, dtype)
+
+    def _tokenizer(self, tokenizer: Any) -> Source | None:
+        if tokenizer is None:
+            return None
+        if isinstance(tokenizer, str | Path):
+            return resolve(tokenizer, what="tokenizer", probe="tokenizer_config.json")
+        ChatEncoder(tokenizer, self.max_length, self.target)  # refuses a tokenizer that cannot be used
+        return self._keep(tokenizer_source(tokenizer), tokenizer)
+
+    def _named_model(
+        self,
+        model: str,
+        tokenizer: Source | None,
+        revision: str | None,
+        adapter: str | Path | None,
+        gguf_file: str | None,
+        dtype: str | torch.dtype,
+    ) -> ModelSpec:
+        if gguf_file is None and model.endswith(".gguf") and Path(model).is_file():
+            model, gguf_file = str(Path(model).parent), Path(model).name
+        source = resolve(model, what="model", probe="config.json", revision=revision, file=gguf_file)
+        adapter_from = None if adapter is None else resolve(adapter, what="adapter", probe="adapter_config.json")
+        return ModelSpec(source, tokenizer or source, resolve_dtype(dtype, self.device), gguf_file, adapter_from)
+
+    def _loaded_model(
+        self,
+        model: Any,
+        tokenizer: Source | None,
+        revision: str | None,
+        adapter: str | Path | None,
+        gguf_file: str | None,
+        dtype: str | torch.dtype,
+    ) -> ModelSpec:
+        if not isinstance(model, torch.nn.Module):
+            raise InputError(f"model must be a Hub id, a folder, a .gguf file or a loaded model, got {type(model).__name__}")
+        for name, value in (("revision", revision), ("adapter", adapter), ("gguf_file", gguf_file)):
+            if value is not None:
+                raise InputError(f"{name} goes with a model named by id or folder; this model is already loaded")
+        if tokenizer is None:
+            raise InputError("a loaded model needs its tokenizer: pass tokenizer=...")
+        check_lm_head(model)
+        if not trainable(model):
+            raise InputError(f"{type(model).__name__} has no floating-point parameters to take gradients over")
+        actual = str(next(p.dtype for p in trainable(model))).removeprefix("torch.")
+        if dtype != "auto" and resolve_dtype(dtype, self.device) != actual:
+            raise InputError(f"the loaded model is {actual}; convert it yourself instead of passing dtype={dtype!r}")
+        self._model = model
+        self._stamp = module_stamp(model)
+        return ModelSpec(self._keep(module_source(model), model), tokenizer, actual)
+
+    def _keep(self, source: Source, loaded: Any) -> Source:
+        register(source, loaded)
+        self._loaded.append(loaded)
+        return source
+
+    # The state is the cache key: plain values that name everything a score depends on, and no weights.
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._model is not None and (stamp := module_stamp(self._model)) != self._stamp:
+            # The user went on training the loaded model: its scores are no longer those in the cache.
+            self._stamp = stamp
+            self.spec = ModelSpec(self._keep(module_source(self._model), self._model), self.spec.tokenizer, self.spec.dtype)
+        settings = {
+            "score_version": SCORE_VERSION,
+            "scores": [score.key() for score in self.scores],
+            "spec": asdict(self.spec),
+            "anchors_hash": self.anchors.content_hash,
+            "anchors": _packed(self.anchors),
+            **{name: getattr(self, name) for name in _OPTIONS},
+        }
+        # As one text: pickling a dict depends on which of its equal strings are the same object.
+        return {"settings": json.dumps(settings, sort_keys=True), "scores": self.scores}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        settings = json.loads(state["settings"])
+        for name in _OPTIONS:
+            setattr(self, name, settings[name])
+        self.scores = state["scores"]
+        self.spec = ModelSpec.from_dict(settings["spec"])
+        self.anchors = _unpacked(settings["anchors"])
+        self._loaded, self._model = [], None
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the settings: equal for scorers that give equal columns."""
+        return hashlib.sha256(self.__getstate__()["settings"].encode()).hexdigest()
+
+    @property
+    def needs(self) -> Needs:
+        """What the scores together ask one pass over the model to collect."""
+        return reduce(or_, (score.needs for score in self.scores))
+
+    @property
+    def result_columns(self) -> list[str]:
+        """The columns that scoring adds, in order."""
+        sides = list(self.anchors.sides)
+        return [*(c for score in self.scores for c in score.columns(sides)), *_COUNTS, "risk_status"]
+
+    def prepare(self, rank: int | None = None) -> SafetyRiskScorer:
+        """Load the model and fit the anchors now instead of at the first call, and return the scorer.
+
+        Worker processes of `map(num_proc=...)` that are forked afterwards share them.
+        """
+        self._session(rank)
+        return self
+
+    def __call__(self, batch: Any, rank: int | None = None) -> Any:
+        """Score a batch or a row as `datasets.map` passes it.
+
+        Args:
+            batch: rows, in any dataset format.
+            rank: with `map(..., with_rank=True)`, the worker's number, which picks its GPU.
+
+        Returns:
+            The new columns (for Arrow, pandas and polars formats: all columns), as `datasets.map` takes them.
+
+        Raises:
+            InputError: the columns fit no known layout, or the model cannot be loaded.
+        """
+        table = Table(batch, self.columns)
+        return table.with_columns(self._score(table, rank) if table.rows else self._columns([], [], {}))
+
+    def _score(self, table: Table, rank: int | None) -> Columns:
+        session = self._session(rank)
+        examples: list[Example | None] = []
+        status: list[str] = []
+        for row in table.rows:
+            try:
+                example = session.encoder.encode_row(row, table.layout)
+            except UnscorableRow as reason:
+                examples.append(None)
+                status.append(str(reason))
+            else:
+                examples.append(example)
+                status.append(example.status)
+        encoded = [e for e in examples if e is not None]
+        values: dict[str, torch.Tensor] = {}
+        if encoded:
+            signals = session.engine.collect(encoded, self.needs, session.reference)
+            for score in self.scores:
+                values |= score.reduce(signals, session.reference)
+        return self._columns(examples, status, values)
+
+    def _columns(self, examples: list[Example | None], status: list[str], values: dict[str, torch.Tensor]) -> Columns:
+        """All result columns, with the rows that could not be encoded, or whose scores are not finite, in their places."""
+        place = iter(range(len(examples)))
+        index = [None if e is None else next(place) for e in examples]  # the row's place among the encoded ones
+        status = list(status)
+        columns: Columns = {}
+        for name in [n for n in self.result_columns if n not in (*_COUNTS, "risk_status")]:
+            cells: list[float | None] = []
+            for row, i in enumerate(index):
+                value = None if i is None else float(values[name][i])
+                if value is not None and not math.isfinite(value):
+                    value = None
+                    if name.startswith("risk_"):
+                        remark = "" if status[row] == "ok" else f"{status[row]}; "
+                        status[row] = f"{remark}{name} is not finite (zero gradient, or overflow: try dtype='float32')"
+                cells.append(value)
+            columns[name] = (pa.float32(), cells)
+        columns["target_tokens"] = (pa.int32(), [None if e is None else len(e.target_positions) for e in examples])
+        columns["total_tokens"] = (pa.int32(), [None if e is None else len(e.input_ids) for e in examples])
+        columns["risk_status"] = (pa.string(), status)
+        return columns
+
+    def _session(self, rank: int | None) -> Session:
+        if self._model is not None:
+            self.__getstate__()  # notices a model that was trained on
+        return open_session(
+            self.spec,
+            self.anchors,
+            self.needs,
+            device=self.device,
+            rank=rank,
+            max_length=self.max_length,
+            target=self.target,
+            batch_tokens=self.batch_tokens,
+        )
+
+    def __repr__(self) -> str:
+        names = ", ".join(score.name for score in self.scores)
+        return f"SafetyRiskScorer({self.spec.model.name!r}, scores=({names}), anchors={self.anchors!r}, dtype={self.spec.dtype})"
+
+
+def _packed(anchors: AnchorSet) -> str:
+    return base64.b85encode(zlib.compress(json.dumps(anchors.to_dict()).encode(), 9)).decode()
+
+
+def _unpacked(packed: str) -> AnchorSet:
+    return AnchorSet.from_dict(json.loads(zlib.decompress(base64.b85decode(packed))))
+
+
+def _checked_device(device: str) -> torch.device:
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise InputError(f"device must be 'cpu', 'cuda', 'cuda:1', ..., got {device!r}") from None

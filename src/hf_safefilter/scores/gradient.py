@@ -1,0 +1,68 @@
+"""Gradient matching: would a training step on the row move the weights as a step on complying with harm would?
+
+He et al. 2024 (arXiv 2404.01099), section 3.2, as their code computes it: the gradient of the mean loss over all parameters,
+each example's divided by its norm; the anchors' over their first 10 response tokens, averaged and not normalised again. With
+g the row's unit gradient and m the anchors' mean:
+
+    risk_gradient          = g.m_harmful - g.m_safe_1 - g.m_safe_2 - ...     (their weights)
+    risk_gradient_balanced = g.m_harmful - mean over safe sets of g.m_safe   (weights that sum to zero)
+
+Their weights +1, -1, -1 do not sum to zero, so what the gradients of all openings share counts against a row, and short
+answers sink to the bottom. The balanced form takes the shared part out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..engine.passes import Needs, Reference, Signals
+from ..errors import InputError
+from .base import Score, safe_sides
+
+
+@dataclass(frozen=True)
+class GradientScore(Score):
+    """`risk_gradient` and `risk_gradient_balanced`.
+
+    Args:
+        anchor_tokens: how many response tokens of each anchor its gradient is taken over.
+
+    Raises:
+        InputError: an `anchor_tokens` under 1.
+    """
+
+    name: ClassVar[str] = "gradient"
+    version: ClassVar[int] = 1
+
+    anchor_tokens: int = 10
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.anchor_tokens, int) or isinstance(self.anchor_tokens, bool) or self.anchor_tokens < 1:
+            raise InputError(f"anchor_tokens must be a whole number of at least 1, got {self.anchor_tokens!r}")
+
+    @property
+    def needs(self) -> Needs:
+        """The row's loss, gradient norm, and inner product with each side's direction."""
+        return Needs(gradient=True, anchor_tokens=self.anchor_tokens)
+
+    def columns(self, sides: Sequence[str]) -> list[str]:
+        """The two scores, the mean cosine to each side's anchors, the gradient's norm and the loss."""
+        details = [f"gradient_cosine_{side}" for side in sides]
+        return ["risk_gradient", "risk_gradient_balanced", *details, "gradient_norm", "gradient_loss"]
+
+    def reduce(self, signals: Signals, reference: Reference) -> dict[str, torch.Tensor]:
+        """Weighted sums of the cosines; a zero gradient has none and gives NaN."""
+        norm = signals.gradient_norm
+        cosine = {side: dots / norm for side, dots in signals.gradient_dots.items()}  # mean cosine to the side's anchors
+        safe = torch.stack([cosine[side] for side in safe_sides(list(cosine))])  # [safe sets, rows]
+        return {
+            "risk_gradient": cosine["harmful"] - safe.sum(dim=0),
+            "risk_gradient_balanced": cosine["harmful"] - safe.mean(dim=0),
+            **{f"gradient_cosine_{side}": values for side, values in cosine.items()},
+            "gradient_norm": norm,
+            "gradient_loss": signals.loss,
+        }

@@ -1,0 +1,36 @@
+"""Scores by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..errors import InputError
+from .base import Score
+from .gradient import GradientScore
+from .representation import RepresentationScore
+
+SCORES: dict[str, type[Score]] = {cls.name: cls for cls in (GradientScore, RepresentationScore)}
+
+
+def resolve_scores(scores: str | Score | Iterable[str | Score]) -> tuple[Score, ...]:
+    """Scores from names, from `"all"`, or from configured instances such as `RepresentationScore(top_n=5)`.
+
+    Raises:
+        InputError: an unknown name, a score given twice, or none.
+    """
+    if isinstance(scores, str | Score):
+        scores = list(SCORES) if scores == "all" else [scores]
+    chosen: dict[str, Score] = {}
+    for item in scores:
+        if isinstance(item, str):
+            if item not in SCORES:
+                raise InputError(f"unknown score {item!r}; the scores are {', '.join(sorted(SCORES))}, or 'all'")
+            item = SCORES[item]()
+        if not isinstance(item, Score):
+            raise InputError(f"scores must be names or Score objects, got {item!r}")
+        if item.name in chosen:
+            raise InputError(f"the score {item.name!r} is given twice")
+        chosen[item.name] = item
+    if not chosen:
+        raise InputError(f"no score chosen; the scores are {', '.join(sorted(SCORES))}, or 'all'")
+    return tuple(chosen[name] for name in sorted(chosen))

@@ -1,0 +1,120 @@
+"""What a process holds to score with: loaded models, and anchors encoded and fitted on them.
+
+Sessions are looked up by what they depend on, so that every copy of a scorer in a process, pickled or not, shares one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets.utils import tqdm
+
+from .anchors import AnchorSet, Demonstration
+from .chat import ChatEncoder, Example, Target
+from .engine.loading import ModelSpec, default_device, load
+from .engine.passes import Engine, Needs, Reference
+from .errors import InputError, UnscorableRow
+from .formats import Conversation
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Session:
+    """A model that is ready to score rows."""
+
+    engine: Engine
+    encoder: ChatEncoder
+    reference: Reference
+
+
+class _Recent(OrderedDict[Any, Any]):
+    """The entries used last: two, so that comparing two models does not load them again and again."""
+
+    def get_or_make(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self:
+            self[key] = make()
+            while len(self) > 2:
+                self.popitem(last=False)
+        self.move_to_end(key)
+        return self[key]
+
+
+_MODELS = _Recent()
+_SESSIONS = _Recent()
+_forked = False
+
+
+def open_session(
+    spec: ModelSpec,
+    anchors: AnchorSet,
+    needs: Needs,
+    *,
+    device: str | None,
+    rank: int | None,
+    max_length: int,
+    target: Target,
+    batch_tokens: int | None,
+) -> Session:
+    """The session for these settings in this process, made if there is none yet.
+
+    Raises:
+        InputError: the model cannot be loaded, or an anchor cannot be encoded.
+        EvaluationError: the anchors cannot be fitted.
+    """
+    _tame_threads()
+    device = device or default_device()
+    if device == "cuda":
+        device = f"cuda:{(rank or 0) % torch.cuda.device_count()}"
+    key = (spec, anchors.content_hash, needs, device, max_length, target, batch_tokens)
+
+    def make() -> Session:
+        model, tokenizer = _MODELS.get_or_make((spec, device), lambda: load(spec, device))
+        engine = Engine(model, batch_tokens)
+        length = min(max_length, engine.context_length)
+        if length < max_length:
+            logger.info("max_length=%d is over the model's context; rows are cut at %d", max_length, length)
+        encoder = ChatEncoder(tokenizer, length, target)
+        sides = {name: _encoded(encoder, side, name) for name, side in anchors.sides.items()}
+        return Session(engine, encoder, engine.fit(sides, needs, _progress))
+
+    return _SESSIONS.get_or_make(key, make)
+
+
+def _encoded(encoder: ChatEncoder, side: Iterable[Demonstration], name: str) -> list[Example]:
+    examples = []
+    for i, d in enumerate(side):
+        messages = ({"role": "user", "content": d["prompt"]}, {"role": "assistant", "content": d["completion"]})
+        try:
+            examples.append(encoder.encode(Conversation(messages), target="last_assistant"))
+        except UnscorableRow as reason:
+            raise InputError(f"the anchor {name}[{i}] cannot be encoded: {reason}") from None
+    return examples
+
+
+def _progress(anchors: list[Any]) -> Iterable[Any]:
+    """A bar over the anchors, which `datasets.disable_progress_bars` turns off; one for all workers would be noise."""
+    return tqdm(anchors, desc="Fitting anchors", unit="anchor", leave=False, disable=True if _forked else None)
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_note_fork)
+
+
+def _tame_threads() -> None:
+    """In a forked worker (`map(num_proc=...)`), compute with one thread.
+
+    A fork does not inherit its parent's OpenMP threads, and would wait for them for ever.
+    """
+    if _forked and torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
