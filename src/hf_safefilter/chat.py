@@ -106,8 +106,10 @@ class ChatEncoder:
         """
         return self.encode(to_conversation(row, layout))
 
-    def encode(self, conversation: Conversation, target: Target | None = None) -> Example:
-        """Encode one conversation, truncated to `max_length` tokens from its start.
+    def encode(
+        self, conversation: Conversation, target: Target | None = None, max_length: int | None = None
+    ) -> Example:
+        """Encode one conversation, truncated to `max_length` tokens from its start; both options as given, or the encoder's.
 
         `status` is `"ok"`, or says that target tokens were lost to truncation or that content holds control tokens
         (which are encoded as such, because a trainer would do the same).
@@ -130,13 +132,14 @@ class ChatEncoder:
         wanted = sum(label != IGNORE for label in labels)
         if not wanted:
             raise UnscorableRow("no target token: the row has nothing for the model to predict")
-        ids, labels = ids[: self.max_length], labels[: self.max_length]
+        length = max_length or self.max_length
+        ids, labels = ids[:length], labels[:length]
         kept = sum(label != IGNORE for label in labels)
         if not kept:
-            raise UnscorableRow(f"no target token left: truncation at max_length={self.max_length} cut all {wanted}")
+            raise UnscorableRow(f"no target token left: truncation at max_length={length} cut all {wanted}")
         notes = []
         if kept < wanted:
-            notes.append(f"truncated: kept {kept} of {wanted} target tokens (max_length={self.max_length})")
+            notes.append(f"truncated: kept {kept} of {wanted} target tokens (max_length={length})")
         if found := self._control_tokens(conversation):
             notes.append(f"content holds control tokens: {' '.join(found)}")
         return Example(ids, labels, "; ".join(notes) or "ok")

@@ -81,18 +81,19 @@ def open_session(
         if length < max_length:
             logger.info("max_length=%d is over the model's context; rows are cut at %d", max_length, length)
         encoder = ChatEncoder(tokenizer, length, target)
-        sides = {name: _encoded(encoder, side, name) for name, side in anchors.sides.items()}
+        sides = {name: _encoded(encoder, side, name, engine.context_length) for name, side in anchors.sides.items()}
         return Session(engine, encoder, engine.fit(sides, needs, _progress))
 
     return _SESSIONS.get_or_make(key, make)
 
 
-def _encoded(encoder: ChatEncoder, side: Iterable[Demonstration], name: str) -> list[Example]:
+def _encoded(encoder: ChatEncoder, side: Iterable[Demonstration], name: str, context_length: int) -> list[Example]:
+    """A side's anchors, read whole however short the rows are cut."""
     examples = []
     for i, d in enumerate(side):
         messages = ({"role": "user", "content": d["prompt"]}, {"role": "assistant", "content": d["completion"]})
         try:
-            examples.append(encoder.encode(Conversation(messages), target="last_assistant"))
+            examples.append(encoder.encode(Conversation(messages), target="last_assistant", max_length=context_length))
         except UnscorableRow as reason:
             raise InputError(f"the anchor {name}[{i}] cannot be encoded: {reason}") from None
     return examples

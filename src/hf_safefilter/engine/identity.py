@@ -82,9 +82,14 @@ def _file_hash(path: Path, size: int, mtime_ns: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def module_stamp(module: torch.nn.Module) -> tuple[tuple[int, int], ...]:
-    """A cheap stamp of a module's weights that changes when they are written in place or replaced."""
-    return tuple((t.data_ptr(), t._version) for t in module.state_dict(keep_vars=True).values())
+def module_stamp(module: torch.nn.Module) -> tuple[Any, ...]:
+    """A cheap stamp of a module's weights that changes when they are replaced or written in place.
+
+    Writes through `.data` do not count up a tensor's version, so a few entries of each tensor are looked at too.
+    """
+    tensors = list(module.state_dict(keep_vars=True).values())
+    looked_at = [t.detach().flatten()[:: max(1, t.numel() // 16)].float().cpu().numpy().tobytes() for t in tensors]
+    return tuple((t.data_ptr(), t._version, sample) for t, sample in zip(tensors, looked_at, strict=True))
 
 
 def module_source(module: torch.nn.Module) -> Source:
