@@ -1,6 +1,6 @@
 """A small Hub on the loopback: enough of its HTTP interface for the real `huggingface_hub` client to read repositories.
 
-Repositories are folders, `root/models/org/name` and `root/datasets/org/name`; every revision but the commit and `main` is unknown.
+Repositories are folders, `root/models/org/name` and `root/datasets/org/name`; their revisions are the commit and `main`.
 """
 
 from __future__ import annotations
@@ -68,11 +68,18 @@ class HubServer:
             return self._send(request, 404, b"{}", {"X-Error-Code": "RevisionNotFound"})
         files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
         if rest[:1] == ["tree"]:
-            tree = [{"type": "file", "path": f, "size": (folder / f).stat().st_size, "oid": self._etag(folder / f)} for f in files]
+            tree = [
+                {"type": "file", "path": f, "size": (folder / f).stat().st_size, "oid": self._etag(folder / f)} for f in files
+            ]
             return self._json(request, tree)
         if rest[:1] == ["paths-info"]:
             return self._json(request, [])
-        info = {"id": "/".join(folder.parts[-2:]), "sha": commit, "private": False, "siblings": [{"rfilename": f} for f in files]}
+        info = {
+            "id": "/".join(folder.parts[-2:]),
+            "sha": commit,
+            "private": False,
+            "siblings": [{"rfilename": f} for f in files],
+        }
         return self._json(request, info)
 
     def _file(self, request, folder: Path, revision: str, name: str, body: bool) -> None:

@@ -75,9 +75,9 @@ def test_subset():
     assert anchors.categories == ["drugs", "fraud"]
     assert "default[fraud,drugs]: 8 harmful, 8 + 8 safe" in repr(anchors)
     assert AnchorSet.load().subset("hate").categories == ["hate"]
+    everything = AnchorSet.load()
     with pytest.raises(InputError, match="no category 'cats' among the anchors; there are cybercrime"):
-        anchors_of = AnchorSet.load()
-        anchors_of.subset(["cats"])
+        everything.subset(["cats"])
 
 
 def test_from_dataset():

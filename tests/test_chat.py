@@ -112,9 +112,7 @@ def test_thinking_of_an_earlier_turn_is_not_lost_silently():
     encoder = encoder_for("qwen3")
     thought = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nI am a test."}
     talk = Conversation((TURNS[0], thought, *TURNS[2:]))
-    assert target_text(encoder, talk, "assistant") == (
-        "I am a test.<|im_end|><think>\n\n</think>\n\nYes, a test.<|im_end|>"
-    )
+    assert target_text(encoder, talk, "assistant") == ("I am a test.<|im_end|><think>\n\n</think>\n\nYes, a test.<|im_end|>")
 
 
 def test_a_template_that_hides_content_gives_a_reason():
@@ -130,7 +128,9 @@ def test_fallback_template_is_used_and_named(caplog):
     encoder = ChatEncoder(tiny_tokenizer(None))
     assert encoder.template_name == "hf_safefilter-fallback"
     assert "hf_safefilter-fallback" in caplog.text
-    assert encoder.render(TURNS[:2]) == "### Instruction:\nHi, who are you?\n\n### Response:\nI am a test, a test.<|im_end|>\n\n"
+    assert (
+        encoder.render(TURNS[:2]) == "### Instruction:\nHi, who are you?\n\n### Response:\nI am a test, a test.<|im_end|>\n\n"
+    )
     assert target_text(encoder, Conversation(TURNS)) == "I am a test, a test.<|im_end|>Yes, a test.<|im_end|>"
     assert encoder.render((SYSTEM, {"role": "tool", "content": "7"})) == "Be brief.\n\n### tool:\n7\n\n"
 

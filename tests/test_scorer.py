@@ -82,7 +82,11 @@ def test_processes_with_a_folder(model_folder, anchors, rows, expected):
 
 @pytest.mark.parametrize("batched", [False, True])
 def test_iterable_datasets(scorer, rows, expected, batched):
-    stream = Dataset.from_list(rows).to_iterable_dataset(num_shards=3).map(scorer, batched=batched, **({"batch_size": 3} if batched else {}))
+    stream = (
+        Dataset.from_list(rows)
+        .to_iterable_dataset(num_shards=3)
+        .map(scorer, batched=batched, **({"batch_size": 3} if batched else {}))
+    )
     scored = list(stream)
     check({name: [row[name] for row in scored] for name in scored[0]}, expected)
     assert all(isinstance(row["risk_gradient"], np.float32) for row in scored)

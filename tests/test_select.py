@@ -67,7 +67,9 @@ def test_the_default_column():
     assert ids(select_risky(Dataset.from_dict(columns), k=1)) == [0]
     columns["risk_gradient_balanced"] = [1.0, 2.0]
     assert ids(select_risky(Dataset.from_dict(columns), k=1)) == [1]
-    assert ids(select_risky(Dataset.from_dict({"risk_mine": [1.0, 2.0], "risk_status": ["ok", "ok"], "id": [0, 1]}), k=1)) == [1]
+    assert ids(select_risky(Dataset.from_dict({"risk_mine": [1.0, 2.0], "risk_status": ["ok", "ok"], "id": [0, 1]}), k=1)) == [
+        1
+    ]
 
 
 def test_unscored_rows(gaps):

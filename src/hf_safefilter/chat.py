@@ -106,9 +106,7 @@ class ChatEncoder:
         """
         return self.encode(to_conversation(row, layout))
 
-    def encode(
-        self, conversation: Conversation, target: Target | None = None, max_length: int | None = None
-    ) -> Example:
+    def encode(self, conversation: Conversation, target: Target | None = None, max_length: int | None = None) -> Example:
         """Encode one conversation, truncated to `max_length` tokens from its start; both options as given, or the encoder's.
 
         `status` is `"ok"`, or says that target tokens were lost to truncation or that content holds control tokens

@@ -280,7 +280,9 @@ class SafetyRiskScorer:
 
     def __repr__(self) -> str:
         names = ", ".join(score.name for score in self.scores)
-        return f"SafetyRiskScorer({self.spec.model.name!r}, scores=({names}), anchors={self.anchors!r}, dtype={self.spec.dtype})"
+        return (
+            f"SafetyRiskScorer({self.spec.model.name!r}, scores=({names}), anchors={self.anchors!r}, dtype={self.spec.dtype})"
+        )
 
 
 def _packed(anchors: AnchorSet) -> str:

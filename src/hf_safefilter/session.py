@@ -48,7 +48,7 @@ class _Recent(OrderedDict[Any, Any]):
 
 _MODELS = _Recent()
 _SESSIONS = _Recent()
-_forked = False
+_process = {"forked": False}
 
 
 def open_session(
@@ -99,14 +99,13 @@ def _encoded(encoder: ChatEncoder, side: Iterable[Demonstration], name: str, con
     return examples
 
 
-def _progress(anchors: list[Any]) -> Iterable[Any]:
+def _progress(anchors: Iterable[Any]) -> Iterable[Any]:
     """A bar over the anchors, which `datasets.disable_progress_bars` turns off; one for all workers would be noise."""
-    return tqdm(anchors, desc="Fitting anchors", unit="anchor", leave=False, disable=True if _forked else None)
+    return tqdm(anchors, desc="Fitting anchors", unit="anchor", leave=False, disable=True if _process["forked"] else None)
 
 
 def _note_fork() -> None:
-    global _forked
-    _forked = True
+    _process["forked"] = True
 
 
 os.register_at_fork(after_in_child=_note_fork)
@@ -117,5 +116,5 @@ def _tame_threads() -> None:
 
     A fork does not inherit its parent's OpenMP threads, and would wait for them for ever.
     """
-    if _forked and torch.get_num_threads() > 1:
+    if _process["forked"] and torch.get_num_threads() > 1:
         torch.set_num_threads(1)

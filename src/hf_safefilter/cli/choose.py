@@ -35,9 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
     scored = read_rows(args.data, args.split)
     choose = select_risky if args.command == "select" else filter_risky
-    chosen = choose(
-        scored, k=args.k, fraction=args.fraction, threshold=args.threshold, by=args.by, unscored=args.unscored
-    )
+    chosen = choose(scored, k=args.k, fraction=args.fraction, threshold=args.threshold, by=args.by, unscored=args.unscored)
     write_rows(chosen, args.out)
     account = {"command": args.command, "rows": len(scored), "written": len(chosen), "out": str(args.out)}
     print(json.dumps(account) if args.json else f"{len(chosen)} of {len(scored)} rows written to {args.out}")

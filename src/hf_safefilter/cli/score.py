@@ -37,7 +37,9 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     p.add_argument("--gguf-file", help="the GGUF file in the model's folder or repository")
     p.add_argument("--adapter", help="a PEFT adapter, merged into the model")
     p.add_argument("--anchors", default="default", help="an anchor file, folder or Hub id (default: the built-in set)")
-    p.add_argument("--scores", default="gradient,representation", help="names with commas between, or all (default: %(default)s)")
+    p.add_argument(
+        "--scores", default="gradient,representation", help="names with commas between, or all (default: %(default)s)"
+    )
     p.add_argument("--top-n", type=int, default=1, help="nearest anchors averaged by representation (default: 1)")
     p.add_argument("--columns", help="where the prompt and the response are, such as prompt=q,completion=a")
     p.add_argument("--split", help="split of the dataset (default: train)")
@@ -80,7 +82,9 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(account))
     else:
         print(riskiest(scored, scorer, 10))
-        print(f"\n{account['scored']} of {account['rows']} rows scored in {account['seconds']:.0f} s; wrote {args.out / SCORED}")
+        print(
+            f"\n{account['scored']} of {account['rows']} rows scored in {account['seconds']:.0f} s; wrote {args.out / SCORED}"
+        )
         for reason, count in account["unscored"].items():
             print(f"  {count} without a score: {reason}")
     return 0

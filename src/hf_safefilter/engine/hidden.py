@@ -33,10 +33,7 @@ class HiddenCatcher:
 
     def at_last_target(self, wanted: Hidden, labels: torch.Tensor) -> torch.Tensor:
         """[batch, hidden] in float32; `labels` is [batch, tokens]."""
-        if wanted.layer == FINAL_LAYER:
-            states = self.output[0]
-        else:
-            states = self.output.hidden_states[wanted.layer]
+        states = self.output[0] if wanted.layer == FINAL_LAYER else self.output.hidden_states[wanted.layer]
         tokens = torch.arange(labels.shape[1], device=labels.device)
         last = torch.where(labels != IGNORE, tokens, -1).amax(dim=1)  # [batch]
         return states[torch.arange(len(last), device=last.device), last].detach().float()

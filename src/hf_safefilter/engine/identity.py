@@ -97,7 +97,7 @@ def module_source(module: torch.nn.Module) -> Source:
     import torch
 
     digest = hashlib.sha256(type(module).__qualname__.encode())
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     if hasattr(config, "to_json_string"):
         digest.update(config.to_json_string(use_diff=False).encode())
     for name, tensor in sorted(module.state_dict().items()):

@@ -73,7 +73,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: str | None) -> str:
     if kind == "cuda":
         return "bfloat16"
     if kind == "cpu":
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"):
             return "bfloat16"
     return "float32"
@@ -137,11 +137,12 @@ def _load_model(spec: ModelSpec) -> Any:
         # Without dequantize the weights may stay in GGUF blocks, which have no gradients.
         options = {"gguf_file": spec.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             **_from(spec.model), dtype=DTYPES[spec.dtype], output_loading_info=True, **options
         )
     except _LOAD_ERRORS as error:
         raise InputError(f"cannot load the model {spec.model.name!r}: {_first_line(error)}") from None
+    model, info = loaded
     if missing := sorted(info["missing_keys"]):
         # transformers would fill these with random numbers and go on.
         raise InputError(

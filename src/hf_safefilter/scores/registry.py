@@ -22,15 +22,14 @@ def resolve_scores(scores: str | Score | Iterable[str | Score]) -> tuple[Score, 
         scores = list(SCORES) if scores == "all" else [scores]
     chosen: dict[str, Score] = {}
     for item in scores:
-        if isinstance(item, str):
-            if item not in SCORES:
-                raise InputError(f"unknown score {item!r}; the scores are {', '.join(sorted(SCORES))}, or 'all'")
-            item = SCORES[item]()
-        if not isinstance(item, Score):
-            raise InputError(f"scores must be names or Score objects, got {item!r}")
-        if item.name in chosen:
-            raise InputError(f"the score {item.name!r} is given twice")
-        chosen[item.name] = item
+        if isinstance(item, str) and item not in SCORES:
+            raise InputError(f"unknown score {item!r}; the scores are {', '.join(sorted(SCORES))}, or 'all'")
+        score = SCORES[item]() if isinstance(item, str) else item
+        if not isinstance(score, Score):
+            raise InputError(f"scores must be names or Score objects, got {score!r}")
+        if score.name in chosen:
+            raise InputError(f"the score {score.name!r} is given twice")
+        chosen[score.name] = score
     if not chosen:
         raise InputError(f"no score chosen; the scores are {', '.join(sorted(SCORES))}, or 'all'")
     return tuple(chosen[name] for name in sorted(chosen))
