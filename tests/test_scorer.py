@@ -121,6 +121,18 @@ def test_order_batch_budget_and_padding_side(model, anchors, rows, expected):
         check(scored, {name: values[::order] for name, values in expected.items()})
 
 
+@pytest.mark.parametrize("scores", ["all", "representation"])
+def test_bfloat16_scores_do_not_depend_on_neighbours_either(tokenizer, anchors, rows, scores):
+    """By default, on a CPU: batches, order and processes change nothing."""
+    scorer = SafetyRiskScorer(tiny_model(dtype=torch.bfloat16), anchors, scores, tokenizer=tokenizer)
+    alone = [scorer(row)["risk_representation"] for row in rows]
+    ds = Dataset.from_list(rows)
+    for options in ({}, {"batch_size": 3}, {"num_proc": 2, "batch_size": 1}):
+        np.testing.assert_allclose(ds.map(scorer, batched=True, **options)["risk_representation"][:], alone, atol=1e-6)
+    backwards = Dataset.from_list(rows[::-1]).map(scorer, batched=True)["risk_representation"][::-1]
+    np.testing.assert_allclose(backwards, alone, atol=1e-6)
+
+
 def test_representation_alone_equals_its_share(model, tokenizer, anchors, rows, expected):
     scorer = SafetyRiskScorer(model, anchors, "representation", tokenizer=tokenizer)
     scored = Dataset.from_list(rows).map(scorer, batched=True)

@@ -30,7 +30,7 @@ from .engine.passes import Needs
 from .errors import InputError, UnscorableRow
 from .formats import check_columns
 from .scores import Score, resolve_scores
-from .session import Session, open_session
+from .session import Session, open_session, progress
 from .tables import Columns, Table
 
 # Part of the cache key: raise it whenever the same rows would get other columns for a reason that no score's own version tells.
@@ -58,7 +58,8 @@ class SafetyRiskScorer:
         device: where to run; by default the first GPU, or GPU `rank` with `map(..., with_rank=True)`, or the CPU.
         max_length: tokens kept from the start of each row.
         target: which tokens count; see `ChatEncoder`.
-        batch_tokens: padded tokens in a micro-batch; changes speed and memory, not scores.
+        batch_tokens: padded tokens in a micro-batch: for speed and memory. Float32 scores do not depend on it; 16-bit ones do a
+            little, and by default a CPU takes 16-bit rows one by one.
         columns: which columns hold the prompt and the response, for example `{"prompt": "q", "completion": "a"}`.
 
     Raises:
@@ -237,7 +238,9 @@ class SafetyRiskScorer:
         encoded = [e for e in examples if e is not None]
         values: dict[str, torch.Tensor] = {}
         if encoded:
-            signals = session.engine.collect(encoded, self.needs, session.reference)
+            # The bar of datasets.map moves once a batch, and 1000 rows can take ten minutes.
+            bar = progress("Scoring this batch", delay=10)
+            signals = session.engine.collect(encoded, self.needs, session.reference, bar)
             for score in self.scores:
                 values |= score.reduce(signals, session.reference)
         return self._columns(examples, status, values)

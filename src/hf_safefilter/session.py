@@ -18,7 +18,7 @@ from datasets.utils import tqdm
 from .anchors import AnchorSet, Demonstration
 from .chat import ChatEncoder, Example, Target
 from .engine.loading import ModelSpec, default_device, load
-from .engine.passes import Engine, Needs, Reference
+from .engine.passes import Engine, Needs, Progress, Reference
 from .errors import InputError, UnscorableRow
 from .formats import Conversation
 
@@ -82,7 +82,7 @@ def open_session(
             logger.info("max_length=%d is over the model's context; rows are cut at %d", max_length, length)
         encoder = ChatEncoder(tokenizer, length, target)
         sides = {name: _encoded(encoder, side, name, engine.context_length) for name, side in anchors.sides.items()}
-        return Session(engine, encoder, engine.fit(sides, needs, _progress))
+        return Session(engine, encoder, engine.fit(sides, needs, progress("Fitting anchors")))
 
     return _SESSIONS.get_or_make(key, make)
 
@@ -99,9 +99,13 @@ def _encoded(encoder: ChatEncoder, side: Iterable[Demonstration], name: str, con
     return examples
 
 
-def _progress(anchors: Iterable[Any]) -> Iterable[Any]:
-    """A bar over the anchors, which `datasets.disable_progress_bars` turns off; one for all workers would be noise."""
-    return tqdm(anchors, desc="Fitting anchors", unit="anchor", leave=False, disable=True if _process["forked"] else None)
+def progress(what: str, delay: float = 0) -> Progress:
+    """A progress bar that appears after `delay` seconds and vanishes when done.
+
+    `datasets.disable_progress_bars` turns it off, and forked workers have none: `datasets.map` shows one for each already.
+    """
+    off = True if _process["forked"] else None
+    return lambda items: tqdm(items, desc=what, delay=delay, leave=False, disable=off)
 
 
 def _note_fork() -> None:

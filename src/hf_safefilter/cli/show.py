@@ -28,8 +28,8 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], widths: Map
 
 def row_text(row: Mapping[str, Any], parts: Mapping[str, str]) -> str:
     """A short description of a row: its prompt and its response, from the layout's parts."""
-    values = [row[parts[p]] for p in ("messages", "prompt", "completion", "text") if p in parts]
-    return " → ".join(_text(v) for v in values)
+    values = [row[parts[p]] for p in ("messages", "prompt", "input", "completion", "text") if p in parts]
+    return " → ".join(_text(v) for v in values if v)
 
 
 def _text(value: Any) -> str:

@@ -9,8 +9,16 @@ import torch
 
 from ..chat import IGNORE, Example
 
-# Padded tokens in a micro-batch, where the user sets no budget: enough to keep a processor busy, little memory.
-DEFAULT_BATCH_TOKENS = 4096
+
+def default_batch_tokens(device: torch.device, dtype: torch.dtype) -> int:
+    """Padded tokens in a micro-batch, where the user sets no budget: enough to keep the processor busy, little memory.
+
+    On a CPU 1024 was fastest (SmolLM2-135M). In 16 bits rounding depends on the shape of the batch, so that a row's score would
+    depend on its neighbours: there, on a CPU, rows go one by one, at 1.25 times the cost.
+    """
+    if device.type != "cpu":
+        return 16384
+    return 1024 if dtype.itemsize > 2 else 1
 
 
 @dataclass(frozen=True)

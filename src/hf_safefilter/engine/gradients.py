@@ -46,7 +46,8 @@ def gradient(loss: torch.Tensor, parameters: Sequence[torch.nn.Parameter]) -> Gr
 
 def norm(g: Gradient) -> float:
     """Euclidean norm over all parameters."""
-    return math.sqrt(sum(torch.dot(c, c).item() for _, _, c in _chunks(g)))
+    squares = [torch.dot(c, c).double() for _, _, c in _chunks(g)]
+    return math.sqrt(sum(torch.stack(squares).tolist())) if squares else 0.0
 
 
 @dataclass
@@ -76,12 +77,14 @@ class Directions:
 
     def measure(self, g: Gradient) -> tuple[float, dict[str, float]]:
         """The norm of `g`, and its inner product with each direction."""
-        squares, dots = 0.0, torch.zeros(len(self.names), dtype=torch.float64)
+        # On the device, so that it is waited for once.
+        total = torch.zeros(1 + len(self.names), dtype=torch.float64, device=self.parts[0].device)
         for i, start, chunk in _chunks(g):
-            squares += torch.dot(chunk, chunk).item()
-            # dots[k] = sum_n part[k, n] g[n]
-            dots += (self.parts[i][:, start : start + len(chunk)] @ chunk).double().cpu()
-        return math.sqrt(squares), dict(zip(self.names, dots.tolist(), strict=True))
+            total[0] += torch.dot(chunk, chunk).to(total)
+            # total[1 + k] += sum_n part[k, n] g[n]
+            total[1:] += (self.parts[i][:, start : start + len(chunk)] @ chunk).to(total)
+        squares, *dots = total.tolist()
+        return math.sqrt(squares), dict(zip(self.names, dots, strict=True))
 
 
 # Entries summed in float32 before the sum goes on in float64: a float32 sum over an embedding's 28 million squares is wrong

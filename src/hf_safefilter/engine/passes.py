@@ -12,7 +12,7 @@ import torch
 
 from ..chat import IGNORE, Example
 from ..errors import EvaluationError
-from .batching import DEFAULT_BATCH_TOKENS, Batch, collate, micro_batches
+from .batching import Batch, collate, default_batch_tokens, micro_batches
 from .gradients import Directions, Gradient, gradient, norm, scoring_mode, trainable
 from .hidden import FINAL_LAYER, Hidden, HiddenCatcher, catching
 from .loading import accepts_logits_to_keep
@@ -68,13 +68,13 @@ class Engine:
 
     Args:
         model: the model, on its device.
-        batch_tokens: padded tokens in a micro-batch; by default `DEFAULT_BATCH_TOKENS`. Results do not depend on it.
+        batch_tokens: padded tokens in a micro-batch; see `default_batch_tokens`. Float32 results do not depend on it.
     """
 
     def __init__(self, model: Any, batch_tokens: int | None = None) -> None:
         self.model = model
-        self.batch_tokens = batch_tokens or DEFAULT_BATCH_TOKENS
         self.device = next(model.parameters()).device
+        self.batch_tokens = batch_tokens or default_batch_tokens(self.device, trainable(model)[0].dtype)
         self._slices_logits = accepts_logits_to_keep(model)
 
     @property
@@ -102,20 +102,20 @@ class Engine:
         directions = self._fit_directions(sides, needs.anchor_tokens, progress) if needs.gradient else None
         return Reference(hidden, directions)
 
-    def collect(self, examples: Sequence[Example], needs: Needs, reference: Reference) -> Signals:
-        """Collect the signals of rows, in one pass.
+    def collect(self, examples: Sequence[Example], needs: Needs, reference: Reference, progress: Progress = iter) -> Signals:
+        """Collect the signals of rows, in one pass; `progress` wraps the iteration over rows or micro-batches.
 
         Without gradients rows go in length-sorted micro-batches through the decoder alone; with gradients they go one by one
         through the whole model, and their hidden states come from the same forward pass.
         """
         if not needs.gradient or not examples:
-            return Signals(self._hidden(examples, needs.hidden))
+            return Signals(self._hidden(examples, needs.hidden, progress))
         assert reference.directions is not None
         hidden: dict[Hidden, list[torch.Tensor]] = {h: [] for h in needs.hidden}
         loss, norms = [], []
         dots: dict[str, list[float]] = {side: [] for side in reference.directions.names}
         with scoring_mode(self.model, gradients=True), catching(self.model) as catcher:
-            for example in examples:
+            for example in progress(examples):
                 row_loss, g, labels = self._backward(example, output_hidden_states=_inner_layers(needs.hidden))
                 for h in needs.hidden:
                     hidden[h].append(catcher.at_last_target(h, labels))
@@ -132,7 +132,9 @@ class Engine:
             {side: as_tensor(values) for side, values in dots.items()},
         )
 
-    def _hidden(self, examples: Sequence[Example], wanted: frozenset[Hidden]) -> dict[Hidden, torch.Tensor]:
+    def _hidden(
+        self, examples: Sequence[Example], wanted: frozenset[Hidden], progress: Progress = iter
+    ) -> dict[Hidden, torch.Tensor]:
         """Hidden states [rows, hidden] in the rows' order, from micro-batches through the decoder alone."""
         if not wanted or not examples:
             return {h: torch.empty(0) for h in wanted}
@@ -140,7 +142,7 @@ class Engine:
         rows: dict[Hidden, list[torch.Tensor]] = {h: [] for h in wanted}
         decoder = self.model.get_decoder()
         with scoring_mode(self.model, gradients=False), torch.inference_mode():
-            for group in groups:
+            for group in progress(groups):
                 batch = collate([examples[i] for i in group], self.device)
                 catcher = HiddenCatcher(decoder(**self._inputs(batch), output_hidden_states=_inner_layers(wanted)))
                 for h in wanted:
