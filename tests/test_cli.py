@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict
+from hub_server import HubServer
 
 from hf_safefilter import cli
 from hf_safefilter.cli.files import read_rows
@@ -135,6 +137,13 @@ def test_bad_files(score, tmp_path, content, reason):
     assert reason in err
 
 
+def test_no_rows(score, tmp_path):
+    Dataset.from_dict({"prompt": [], "completion": []}).to_parquet(str(tmp_path / "none.parquet"))
+    code, _, err = score(tmp_path / "none.parquet")
+    assert code == 1
+    assert err.endswith("none.parquet has no rows")
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -210,6 +219,42 @@ def test_reading_rows(tmp_path, rows):
     (tmp_path / "void").mkdir()
     with pytest.raises(InputError):
         read_rows(str(tmp_path / "void"))
+
+
+def test_reading_rows_from_a_hub(tmp_path):
+    """The real client of `datasets` against a Hub on the loopback."""
+    folder = tmp_path / "hub/datasets/org/rows"
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text('{"prompt": "Q", "completion": "A"}\n' * 3)
+    script = (
+        "from hf_safefilter.cli.files import read_rows\n"
+        "print(read_rows('org/rows')['prompt'][:])\n"
+        "try: read_rows('org/none')\nexcept ValueError as error: print(error)\n"
+    )
+    with HubServer(tmp_path / "hub") as hub:
+        env = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        argv = [sys.executable, "-c", script]
+        done = subprocess.run(argv, capture_output=True, text=True, check=True, env=os.environ | env)
+    rows, error = done.stdout.splitlines()
+    assert rows == "['Q', 'Q', 'Q']"
+    assert error.startswith("no data at 'org/none': not a file or folder here, and not on the Hub")
+
+
+def test_the_example(model_folder, tmp_path):
+    example = Path(__file__).parents[1] / "examples/score_and_filter.py"
+    argv = [
+        sys.executable,
+        str(example),
+        "--model",
+        str(model_folder),
+        "--limit",
+        "10",
+        "--out",
+        str(tmp_path / "clean.parquet"),
+    ]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1].startswith("9 of 10 rows saved to")
+    assert len(Dataset.from_parquet(str(tmp_path / "clean.parquet"))) == 9
 
 
 def test_hostile_text_on_a_terminal():

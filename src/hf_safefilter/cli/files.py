@@ -48,6 +48,8 @@ def read_rows(data: str, split: str | None = None) -> Dataset:
     except (ValueError, UnicodeError, TypeError) as error:
         if isinstance(error, InputError):
             raise
+        if "corresponds to no data" in str(error):  # what `datasets` says of a table without rows
+            raise InputError(f"{data} has no rows") from None
         raise InputError(f"{data} cannot be read: {_first(error)}") from None
     if isinstance(loaded, DatasetDict):
         if split is None and len(loaded) > 1 and "train" not in loaded:
