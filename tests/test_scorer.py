@@ -302,6 +302,23 @@ def test_a_loaded_model_that_is_trained_on_gets_new_scores(tokenizer, anchors, r
     assert fresh(rows[0])["risk_gradient"] == pytest.approx(after, abs=1e-6)
 
 
+def test_equal_models_are_told_apart_when_one_is_trained(tokenizer, anchors, rows):
+    base, tuned = tiny_model(seed=3), tiny_model(seed=3)
+    scorers = [SafetyRiskScorer(m, anchors, tokenizer=tokenizer) for m in (tuned, base)]
+    before = [s(rows[0])["risk_gradient"] for s in scorers]
+    copy = pickle.loads(pickle.dumps(scorers[0]))
+    with torch.no_grad():
+        tuned.lm_head.weight.add_(torch.randn(tuned.lm_head.weight.shape))
+    after = [s(rows[0])["risk_gradient"] for s in scorers]
+    assert before[0] == before[1] == after[1]
+    assert abs(after[0] - before[0]) > 1e-4
+    assert copy(rows[0])["risk_gradient"] == before[1]  # the base model holds what the copy names
+    with torch.no_grad():
+        base.lm_head.weight.mul_(2)
+    with pytest.raises(InputError, match="has changed since this copy of its scorer was made"):
+        copy(rows[0])
+
+
 def test_a_loaded_model_is_not_in_another_process(tokenizer, anchors, rows):
     scorer = SafetyRiskScorer(tiny_model(seed=7), anchors, tokenizer=tokenizer)
     payload = pickle.dumps(scorer)

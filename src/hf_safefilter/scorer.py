@@ -12,7 +12,7 @@ import json
 import math
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -93,8 +93,9 @@ class SafetyRiskScorer:
         self.max_length = max_length
         self.target: Target = target
         self.batch_tokens = batch_tokens
-        self._loaded: list[Any] = []  # keeps the objects in the weak registry alive as long as this scorer
+        # What was given loaded, kept alive as long as this scorer: the registry holds it weakly.
         self._model: torch.nn.Module | None = None
+        self._kept_tokenizer: Any = None
         tokenizer_from = self._tokenizer(tokenizer)
         if isinstance(model, str | Path):
             self.spec = self._named_model(str(model), tokenizer_from, revision, adapter, gguf_file, dtype)
@@ -107,7 +108,8 @@ class SafetyRiskScorer:
         if isinstance(tokenizer, str | Path):
             return resolve(tokenizer, what="tokenizer", probe="tokenizer_config.json")
         ChatEncoder(tokenizer, self.max_length, self.target)  # refuses a tokenizer that cannot be used
-        return self._keep(tokenizer_source(tokenizer), tokenizer)
+        self._kept_tokenizer = tokenizer
+        return self._register(tokenizer_source(tokenizer), tokenizer)
 
     def _named_model(
         self,
@@ -146,22 +148,27 @@ class SafetyRiskScorer:
         actual = str(next(p.dtype for p in trainable(model))).removeprefix("torch.")
         if dtype != "auto" and resolve_dtype(dtype, self.device) != actual:
             raise InputError(f"the loaded model is {actual}; convert it yourself instead of passing dtype={dtype!r}")
-        self._model = model
-        self._stamp = module_stamp(model)
-        return ModelSpec(self._keep(module_source(model), model), tokenizer, actual)
+        self._model, self._stamp = model, module_stamp(model)
+        return ModelSpec(self._register(module_source(model), model, self._stamp), tokenizer, actual)
 
-    def _keep(self, source: Source, loaded: Any) -> Source:
-        register(source, loaded)
-        self._loaded.append(loaded)
+    def _register(self, source: Source, loaded: Any, stamp: Any = None) -> Source:
+        register(source, loaded, stamp)
         return source
+
+    def _follow_training(self) -> None:
+        """Take note of a loaded model that was trained on: its scores are no longer those in the cache."""
+        if self._model is None:
+            return
+        stamp, source = module_stamp(self._model), self.spec.model
+        if stamp != self._stamp:
+            self._stamp, source = stamp, module_source(self._model)
+        # Also when nothing changed: an equal model may have been registered in its place.
+        self.spec = replace(self.spec, model=self._register(source, self._model, stamp))
 
     # The state is the cache key: plain values that name everything a score depends on, and no weights.
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._model is not None and (stamp := module_stamp(self._model)) != self._stamp:
-            # The user went on training the loaded model: its scores are no longer those in the cache.
-            self._stamp = stamp
-            self.spec = ModelSpec(self._keep(module_source(self._model), self._model), self.spec.tokenizer, self.spec.dtype)
+        self._follow_training()
         settings = {
             "score_version": SCORE_VERSION,
             "scores": [score.key() for score in self.scores],
@@ -180,7 +187,7 @@ class SafetyRiskScorer:
         self.scores = state["scores"]
         self.spec = ModelSpec.from_dict(settings["spec"])
         self.anchors = _unpacked(settings["anchors"])
-        self._loaded, self._model = [], None
+        self._model = self._kept_tokenizer = None
 
     @property
     def fingerprint(self) -> str:
@@ -268,8 +275,7 @@ class SafetyRiskScorer:
         return columns
 
     def _session(self, rank: int | None) -> Session:
-        if self._model is not None:
-            self.__getstate__()  # notices a model that was trained on
+        self._follow_training()
         return open_session(
             self.spec,
             self.anchors,

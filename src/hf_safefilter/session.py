@@ -17,7 +17,7 @@ from datasets.utils import tqdm
 
 from .anchors import AnchorSet, Demonstration
 from .chat import ChatEncoder, Example, Target
-from .engine.loading import ModelSpec, default_device, load
+from .engine.loading import ModelSpec, default_device, load, registered
 from .engine.passes import Engine, Needs, Progress, Reference
 from .errors import InputError, UnscorableRow
 from .formats import Conversation
@@ -72,10 +72,12 @@ def open_session(
     device = device or default_device()
     if device == "cuda":
         device = f"cuda:{(rank or 0) % torch.cuda.device_count()}"
-    key = (spec, anchors.content_hash, needs, device, max_length, target, batch_tokens)
+    # Two loaded models may be equal now and not after one is trained on: they are told apart as objects.
+    which = (spec, id(registered(spec.model)) if spec.model.kind == "loaded" else None, device)
+    key = (which, anchors.content_hash, needs, max_length, target, batch_tokens)
 
     def make() -> Session:
-        model, tokenizer = _MODELS.get_or_make((spec, device), lambda: load(spec, device))
+        model, tokenizer = _MODELS.get_or_make(which, lambda: load(spec, device))
         engine = Engine(model, batch_tokens)
         length = min(max_length, engine.context_length)
         if length < max_length:

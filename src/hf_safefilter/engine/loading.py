@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from ..errors import InputError
-from .identity import Source
+from .identity import Source, module_stamp
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +22,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Loaded models and tokenizers by fingerprint: a scorer that was built from them finds them here after unpickling in the
 # same process or in a fork of it. Weak: the registry must not keep a model alive.
 _LOADED: WeakValueDictionary[str, Any] = WeakValueDictionary()
+# The stamps that registered models had: one that was trained on since is not what its fingerprint says.
+_STAMPS: dict[str, Any] = {}
 
 # What from_pretrained raises for a repository that is missing, damaged or of another kind.
 _LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError)
@@ -44,9 +46,29 @@ class ModelSpec:
         return cls(**{**data, **sources})
 
 
-def register(source: Source, loaded: Any) -> None:
-    """Make a loaded object available to scorers that name its `source`."""
+def register(source: Source, loaded: Any, stamp: Any = None) -> None:
+    """Make a loaded object available to scorers that name its `source`; `stamp` is a model's `module_stamp`."""
     _LOADED[source.fingerprint] = loaded
+    _STAMPS[source.fingerprint] = stamp
+
+
+def registered(source: Source, what: str = "model") -> Any:
+    """The loaded object of this source.
+
+    Raises:
+        InputError: this process does not hold it, or it is a model that was trained on since.
+    """
+    loaded = _LOADED.get(source.fingerprint)
+    if loaded is None:
+        raise InputError(
+            f"this scorer was built from a loaded {what} ({source.name}) that this process does not hold; "
+            f"pass a Hub id or a folder to use it in another process"
+        )
+    if (stamp := _STAMPS[source.fingerprint]) is not None and stamp != module_stamp(loaded):
+        raise InputError(
+            f"the loaded {what} ({source.name}) has changed since this copy of its scorer was made; make a new one"
+        )
+    return loaded
 
 
 def default_device() -> str:
@@ -87,7 +109,7 @@ def load(spec: ModelSpec, device: str) -> tuple[Any, Any]:
     """
     tokenizer = _load_tokenizer(spec)
     if spec.model.kind == "loaded":
-        return _registered(spec.model, "model"), tokenizer
+        return registered(spec.model), tokenizer
     model = _load_model(spec)
     if spec.adapter is not None:
         model = _merge_adapter(model, spec.adapter)
@@ -101,16 +123,6 @@ def check_lm_head(model: Any) -> None:
         raise InputError(f"{type(model).__name__} has no language-model head; pass a causal language model (...ForCausalLM)")
 
 
-def _registered(source: Source, what: str) -> Any:
-    loaded = _LOADED.get(source.fingerprint)
-    if loaded is None:
-        raise InputError(
-            f"this scorer was built from a loaded {what} ({source.name}) that this process does not hold; "
-            f"pass a Hub id or a folder to use it in another process"
-        )
-    return loaded
-
-
 def _from(source: Source) -> dict[str, Any]:
     """Arguments of from_pretrained that name exactly this source."""
     pinned = {"revision": source.fingerprint} if source.kind == "hub" else {}
@@ -121,7 +133,7 @@ def _load_tokenizer(spec: ModelSpec) -> Any:
     from transformers import AutoTokenizer
 
     if spec.tokenizer.kind == "loaded":
-        return _registered(spec.tokenizer, "tokenizer")
+        return registered(spec.tokenizer, "tokenizer")
     gguf = {"gguf_file": spec.gguf_file} if spec.gguf_file and spec.tokenizer == spec.model else {}
     try:
         return AutoTokenizer.from_pretrained(**_from(spec.tokenizer), **gguf)
