@@ -114,7 +114,8 @@ def _note_fork() -> None:
     _process["forked"] = True
 
 
-os.register_at_fork(after_in_child=_note_fork)
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=_note_fork)
 
 
 def _tame_threads() -> None:
