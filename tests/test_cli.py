@@ -125,16 +125,25 @@ def test_rows_that_cannot_be_scored(score, tmp_path):
     [
         ("", "is empty"),
         ("not json\n", "cannot be read"),
+        ('{"prompt": "caf\udce9", "completion": "A"}\n', "the column 'prompt' holds bytes that are not UTF-8"),
         ('{"a": 1}\n', "cannot tell prompt from response among the columns 'a'"),
     ],
 )
 def test_bad_files(score, tmp_path, content, reason):
     path = tmp_path / "bad.jsonl"
-    path.write_text(content)
+    path.write_text(content, encoding="utf-8", errors="surrogateescape")
     code, _, err = score(path)
     assert code == 1
     assert err.startswith("hf-safefilter: error: ")
     assert reason in err
+
+
+def test_cells_of_a_csv_file_are_text(score, tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,completion\n6 x 7?,42\nWho?,None\nWhat?,\n")
+    code, out, _ = score(tmp_path / "rows.csv", "--scores", "representation", "--json")
+    assert code == 0
+    assert json.loads(out)["unscored"] == {"no target: the response is empty": 1}
+    assert read_rows(str(tmp_path / "out/scored.parquet"))["completion"][:] == ["42", "None", ""]
 
 
 def test_no_rows(score, tmp_path):

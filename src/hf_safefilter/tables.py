@@ -43,7 +43,7 @@ class Table:
                 "use dataset.map(scorer, batched=True)"
             )
         self.layout = find_layout(parts.keys(), columns)
-        parts = {name: parts[name] for name in self.layout.columns.values()}
+        parts = {name: _read(parts, name) for name in self.layout.columns.values()}
         if isinstance(data, LazyBatch | LazyRow):
             self.batched = isinstance(data, LazyBatch)
         else:
@@ -72,6 +72,15 @@ class Table:
                 table = table.append_column(name, array)
             return table if isinstance(self.data, pa.Table) else type(self.data)(table)
         return self.data.assign(**{n: array.to_pandas().set_axis(self.data.index) for n, array in arrays.items()})
+
+
+def _read(parts: Mapping[str, Any], name: str) -> Any:
+    try:
+        return parts[name]
+    except UnicodeDecodeError as error:  # Arrow takes any bytes for text; they are decoded here
+        raise InputError(
+            f"the column {name!r} holds bytes that are not UTF-8 ({error.reason}); save the data as UTF-8"
+        ) from None
 
 
 def _cell(value: Any, kind: pa.DataType, typed: bool) -> Any:

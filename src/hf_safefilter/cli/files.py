@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,10 @@ _READERS = {".json": "from_json", ".jsonl": "from_json", ".csv": "from_csv", ".p
 _WRITERS = {".parquet": "to_parquet", ".jsonl": "to_json", ".csv": "to_csv"}
 
 
-def read_rows(data: str, split: str | None = None) -> Dataset:
+def read_rows(data: str, split: str | None = None, *, csv_as_text: bool = False) -> Dataset:
     """Rows from a file (json, jsonl, csv, parquet), a folder (saved dataset, `score`'s output, data files) or a Hub id.
+
+    With `csv_as_text` a csv file's cells are text as they stand there: an answer `42` is no number, and `None` not missing.
 
     Raises:
         InputError: nothing there, several splits and none chosen, or a file that cannot be read; one line.
@@ -35,7 +38,8 @@ def read_rows(data: str, split: str | None = None) -> Dataset:
                 raise InputError(f"{data}: cannot read {path.suffix or 'a file without a suffix'}; use {_listed(_READERS)}")
             if path.stat().st_size == 0:
                 raise InputError(f"{data} is empty")
-            loaded: Any = getattr(Dataset, _READERS[path.suffix])(str(path))
+            options = _as_text(path) if csv_as_text and path.suffix == ".csv" else {}
+            loaded: Any = getattr(Dataset, _READERS[path.suffix])(str(path), **options)
         elif path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
             loaded = load_from_disk(str(path))
         else:
@@ -59,6 +63,15 @@ def read_rows(data: str, split: str | None = None) -> Dataset:
             raise InputError(f"{data} has no split {split!r}; it has {_listed(loaded)}")
         loaded = loaded[split]
     return loaded
+
+
+def _as_text(path: Path) -> dict[str, Any]:
+    """Options of `Dataset.from_csv` that read every cell as text."""
+    from datasets import Features, Value
+
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        names = next(csv.reader(file), [])
+    return {"features": Features({name: Value("string") for name in names}), "keep_default_na": False}
 
 
 def check_output(path: Path) -> Path:

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         batch_tokens=args.batch_tokens,
         columns=columns,
     )
-    rows = read_rows(args.data, args.split)
+    rows = read_rows(args.data, args.split, csv_as_text=True)
     if args.limit is not None:
         rows = rows.select(range(min(args.limit, len(rows))))
     scored, account = score_and_save(rows, scorer, args.out, data=args.data)
