@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from .._version import __version__
-from ..errors import InputError, SafefilterError
+from ..errors import SafefilterError
 from . import choose, demo, score
 
 
@@ -69,6 +69,3 @@ def _silence() -> None:
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-
-
-__all__ = ["InputError", "build_parser", "main"]
