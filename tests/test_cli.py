@@ -99,6 +99,13 @@ def test_the_account_of_a_run(score, rows_file, tmp_path, anchors):
     assert len(account["model"]["model"]["fingerprint"]) == 64
     assert {"python", "torch", "transformers", "datasets", "hf-safefilter"} <= set(account["versions"])
     assert account["seconds"] > 0
+    assert account["options"] == {
+        "device": None,
+        "max_length": 1024,
+        "target": "assistant",
+        "batch_tokens": None,
+        "columns": None,
+    }
 
 
 def test_rows_that_cannot_be_scored(score, tmp_path):

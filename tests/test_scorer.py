@@ -181,6 +181,19 @@ def test_content_that_is_not_text(scorer):
     assert scorer({"prompt": ["Q\ud800"], "completion": ["A"]})["risk_status"][0].startswith("prompt is not valid Unicode")
 
 
+@pytest.mark.parametrize("form", [None, "arrow"])
+def test_bytes_that_are_not_utf8_are_named_only_where_they_matter(scorer, tmp_path, form):
+    def read(text: str) -> Dataset:
+        (tmp_path / "rows.jsonl").write_text(text, errors="surrogateescape")
+        return Dataset.from_json(str(tmp_path / "rows.jsonl")).with_format(form)
+
+    with pytest.raises(InputError, match="the column 'prompt' holds bytes that are not UTF-8"):
+        read('{"prompt": "caf\udce9", "completion": "A"}\n').map(scorer, batched=True)
+    # A column that is not read does no harm.
+    scored = read('{"prompt": "Q", "completion": "A", "note": "caf\udce9"}\n').map(scorer, batched=True)
+    assert scored.with_format(None).select_columns(["risk_status"])["risk_status"][:] == ["ok"]
+
+
 def test_truncation_is_reported_with_a_score(model, tokenizer, anchors, rows):
     scorer = SafetyRiskScorer(model, anchors, tokenizer=tokenizer, max_length=64)
     result = scorer(rows[3])

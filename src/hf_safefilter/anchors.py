@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import InputError
+from .errors import InputError, first_line
 from .files import write_atomically
 
 if TYPE_CHECKING:
@@ -200,8 +200,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
     try:
         return Path(hf_hub_download(repo_id, FILE_NAME, repo_type="dataset", revision=revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        reason = str(error).splitlines()[0]
         raise InputError(
             f"no anchor set at {repo_id!r}: not 'default', not a file or folder, and not a Hub dataset repository "
-            f"with {FILE_NAME} ({reason})"
+            f"with {FILE_NAME} ({first_line(error)})"
         ) from None

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 from jinja2 import TemplateError
 
-from .errors import InputError, UnscorableRow
+from .errors import InputError, UnscorableRow, first_line
 from .formats import Conversation, Layout, Message, to_conversation
 
 logger = logging.getLogger(__name__)
@@ -162,8 +162,7 @@ class ChatEncoder:
             )
         # Templates are programs: besides jinja2's own errors they raise those of the operations in them.
         except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            raise UnscorableRow(f"the chat template rejects the row: {reason}") from None
+            raise UnscorableRow(f"the chat template rejects the row: {first_line(error)}") from None
 
     def _target_spans(self, conversation: Conversation, text: str, target: str) -> list[Span]:
         """Character spans [start, end) of the target in the rendered text."""
@@ -186,23 +185,29 @@ class ChatEncoder:
     def _turn_start(self, messages: Sequence[Message], turn: int, text: str, tools: list[Any] | None) -> int:
         """Where the turn's own text begins: after what the template writes to open it."""
         opening = messages[turn]["role"] == "assistant"
-        try:
-            before = self.render(messages[:turn], add_generation_prompt=opening, tools=tools)
-        except UnscorableRow:  # a template that cannot render the messages so far (none at all, say)
-            before = None
-        if before is not None and text.startswith(before):
-            return len(before)
-        return self._marked(messages, turn, text, tools)[0]
+        start = self._prefix(messages[:turn], text, tools, add_generation_prompt=opening)
+        return self._marked(messages, turn, text, tools)[0] if start is None else start
 
     def _turn_span(self, messages: Sequence[Message], turn: int, text: str, tools: list[Any] | None) -> Span:
         start = self._turn_start(messages, turn, text, tools)
-        through = self.render(messages[: turn + 1], tools=tools)
-        end = len(through) if text.startswith(through) else self._marked(messages, turn, text, tools)[1]
+        end = self._prefix(messages[: turn + 1], text, tools)
+        if end is None:
+            end = self._marked(messages, turn, text, tools)[1]
         # White space after the end-of-turn token separates turns; the response has ended.
         ended = text[start:end].rstrip()
         if ended.endswith(self._special_tokens):
             end = start + len(ended)
         return start, end
+
+    def _prefix(
+        self, messages: Sequence[Message], text: str, tools: list[Any] | None, *, add_generation_prompt: bool = False
+    ) -> int | None:
+        """How far into the text these first messages reach; `None` where alone they render differently, or not at all."""
+        try:
+            prefix = self.render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+        except UnscorableRow:
+            return None
+        return len(prefix) if text.startswith(prefix) else None
 
     def _marked(self, messages: Sequence[Message], turn: int, text: str, tools: list[Any] | None) -> Span:
         """The turn's span, found by rendering the conversation with a marker in the turn's place."""

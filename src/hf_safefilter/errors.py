@@ -19,5 +19,11 @@ class EvaluationError(SafefilterError, RuntimeError):
     """The input was fine, but the work could not be done (exit code 2)."""
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line: the first that holds anything, or the error's name."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0][:300]
+
+
 class UnscorableRow(Exception):
     """One row cannot be scored; the message becomes its `risk_status`. It never leaves the scorer."""

@@ -116,14 +116,14 @@ def to_conversation(row: Mapping[str, Any], layout: Layout) -> Conversation:
     if "completion" in part:
         prompt, completion = part["prompt"], part["completion"]
         name = layout.columns["prompt"]
-        if _is_text(prompt):
+        if _is_scalar(prompt):
             prompt, extra = _text(prompt, name), part.get("input")
             if not _is_null(extra) and _text(extra, layout.columns["input"]):
                 prompt = f"{prompt}\n\n{extra}"
             prompt = [{"role": "user", "content": prompt}]
         prompt = _messages(prompt, name)
         name = layout.columns["completion"]
-        if _is_text(completion):
+        if _is_scalar(completion):
             completion = [{"role": "assistant", "content": _text(completion, name)}]
         completion = _messages(completion, name)
         prompt = (*_system(part, layout, prompt), *prompt)
@@ -196,7 +196,7 @@ def _tools(value: Any) -> list[Any] | None:
     return value
 
 
-def _is_text(value: Any) -> bool:
+def _is_scalar(value: Any) -> bool:
     return _is_null(value) or not hasattr(value, "__len__") or isinstance(value, str | bytes)
 
 

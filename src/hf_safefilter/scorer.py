@@ -37,7 +37,8 @@ from .tables import Columns, Table
 SCORE_VERSION = 1
 
 _COUNTS = ("target_tokens", "total_tokens")
-_OPTIONS = ("device", "max_length", "target", "batch_tokens", "columns")
+# What is neither model, anchors nor scores, by attribute.
+OPTIONS = ("device", "max_length", "target", "batch_tokens", "columns")
 
 
 class SafetyRiskScorer:
@@ -109,7 +110,7 @@ class SafetyRiskScorer:
             return resolve(tokenizer, what="tokenizer", probe="tokenizer_config.json")
         ChatEncoder(tokenizer, self.max_length, self.target)  # refuses a tokenizer that cannot be used
         self._kept_tokenizer = tokenizer
-        return self._register(tokenizer_source(tokenizer), tokenizer)
+        return register(tokenizer_source(tokenizer), tokenizer)
 
     def _named_model(
         self,
@@ -149,11 +150,7 @@ class SafetyRiskScorer:
         if dtype != "auto" and resolve_dtype(dtype, self.device) != actual:
             raise InputError(f"the loaded model is {actual}; convert it yourself instead of passing dtype={dtype!r}")
         self._model, self._stamp = model, module_stamp(model)
-        return ModelSpec(self._register(module_source(model), model, self._stamp), tokenizer, actual)
-
-    def _register(self, source: Source, loaded: Any, stamp: Any = None) -> Source:
-        register(source, loaded, stamp)
-        return source
+        return ModelSpec(register(module_source(model), model, self._stamp), tokenizer, actual)
 
     def _follow_training(self) -> None:
         """Take note of a loaded model that was trained on: its scores are no longer those in the cache."""
@@ -163,7 +160,7 @@ class SafetyRiskScorer:
         if stamp != self._stamp:
             self._stamp, source = stamp, module_source(self._model)
         # Also when nothing changed: an equal model may have been registered in its place.
-        self.spec = replace(self.spec, model=self._register(source, self._model, stamp))
+        self.spec = replace(self.spec, model=register(source, self._model, stamp))
 
     # The state is the cache key: plain values that name everything a score depends on, and no weights.
 
@@ -175,14 +172,14 @@ class SafetyRiskScorer:
             "spec": asdict(self.spec),
             "anchors_hash": self.anchors.content_hash,
             "anchors": _packed(self.anchors),
-            **{name: getattr(self, name) for name in _OPTIONS},
+            **{name: getattr(self, name) for name in OPTIONS},
         }
         # As one text: pickling a dict depends on which of its equal strings are the same object.
         return {"settings": json.dumps(settings, sort_keys=True), "scores": self.scores}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         settings = json.loads(state["settings"])
-        for name in _OPTIONS:
+        for name in OPTIONS:
             setattr(self, name, settings[name])
         self.scores = state["scores"]
         self.spec = ModelSpec.from_dict(settings["spec"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -29,21 +29,10 @@ class Table:
 
     def __init__(self, data: Any, columns: Mapping[str, str] | None = None) -> None:
         self.data = data
-        if isinstance(data, pa.Table):
-            parts: Mapping[str, Any] = data.to_pydict()
-        elif hasattr(data, "to_arrow"):  # polars
-            parts = data.to_arrow().to_pydict()
-        elif hasattr(data, "to_dict") and hasattr(data, "columns"):  # pandas
-            parts = data.to_dict("list")
-        elif isinstance(data, Mapping):
-            parts = data
-        else:
-            raise InputError(
-                f"the scorer takes a row or a batch as datasets.map passes it, not {type(data).__name__}; "
-                "use dataset.map(scorer, batched=True)"
-            )
-        self.layout = find_layout(parts.keys(), columns)
-        parts = {name: _read(parts, name) for name in self.layout.columns.values()}
+        # Names and readers first: only the layout's columns are read, of rows that may have many more.
+        names, read = _reader(data)
+        self.layout = find_layout(names, columns)
+        parts = {name: _decoded(read, name) for name in self.layout.columns.values()}
         if isinstance(data, LazyBatch | LazyRow):
             self.batched = isinstance(data, LazyBatch)
         else:
@@ -74,9 +63,25 @@ class Table:
         return self.data.assign(**{n: array.to_pandas().set_axis(self.data.index) for n, array in arrays.items()})
 
 
-def _read(parts: Mapping[str, Any], name: str) -> Any:
+def _reader(data: Any) -> tuple[Iterable[str], Callable[[str], Any]]:
+    """The names of the columns, and what reads one."""
+    if hasattr(data, "to_arrow"):  # polars
+        data = data.to_arrow()
+    if isinstance(data, pa.Table):
+        return data.column_names, lambda name: data[name].to_pylist()
+    if isinstance(data, Mapping):
+        return data.keys(), lambda name: data[name]
+    if hasattr(data, "to_dict") and hasattr(data, "columns"):  # pandas
+        return list(data.columns), lambda name: data[name].tolist()
+    raise InputError(
+        f"the scorer takes a row or a batch as datasets.map passes it, not {type(data).__name__}; "
+        "use dataset.map(scorer, batched=True)"
+    )
+
+
+def _decoded(read: Callable[[str], Any], name: str) -> Any:
     try:
-        return parts[name]
+        return read(name)
     except UnicodeDecodeError as error:  # Arrow takes any bytes for text; they are decoded here
         raise InputError(
             f"the column {name!r} holds bytes that are not UTF-8 ({error.reason}); save the data as UTF-8"

@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..files import replacing
 
 if TYPE_CHECKING:
@@ -45,16 +45,15 @@ def read_rows(data: str, split: str | None = None, *, csv_as_text: bool = False)
         else:
             loaded = load_dataset(data)
     except DatasetGenerationError as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise InputError(f"{data} cannot be read: {reason}") from None
+        raise InputError(f"{data} cannot be read: {first_line(error.__cause__ or error)}") from None
     except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
-        raise InputError(f"no data at {data!r}: not a file or folder here, and not on the Hub ({_first(error)})") from None
+        raise InputError(f"no data at {data!r}: not a file or folder here, and not on the Hub ({first_line(error)})") from None
     except (ValueError, UnicodeError, TypeError) as error:
         if isinstance(error, InputError):
             raise
         if "corresponds to no data" in str(error):  # what `datasets` says of a table without rows
             raise InputError(f"{data} has no rows") from None
-        raise InputError(f"{data} cannot be read: {_first(error)}") from None
+        raise InputError(f"{data} cannot be read: {first_line(error)}") from None
     if isinstance(loaded, DatasetDict):
         if split is None and len(loaded) > 1 and "train" not in loaded:
             raise InputError(f"{data} has several splits: choose one with --split, of {_listed(loaded)}")
@@ -90,7 +89,3 @@ def write_rows(ds: Dataset, path: Path) -> None:
 
 def _listed(names: Any) -> str:
     return ", ".join(sorted(names))
-
-
-def _first(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]

@@ -97,6 +97,8 @@ def score_and_save(rows: Dataset, scorer: SafetyRiskScorer, out: Path, *, data: 
         InputError: no rows, or columns in no known layout.
         EvaluationError: no row could be scored.
     """
+    from ..scorer import OPTIONS
+
     if not len(rows):
         raise InputError(f"{data} has no rows")
     out.mkdir(parents=True, exist_ok=True)
@@ -106,7 +108,7 @@ def score_and_save(rows: Dataset, scorer: SafetyRiskScorer, out: Path, *, data: 
     scored = rows.map(scorer, batched=True, batch_size=batch_size, desc="Scoring")
     seconds = time.perf_counter() - started
     risk = [c for c in scorer.result_columns if c.startswith("risk_") and c != "risk_status"]
-    unscored = [row["risk_status"] for row in scored.select_columns([*risk, "risk_status"]) if row[risk[0]] is None]
+    unscored = [why for score, why in zip(scored[risk[0]][:], scored["risk_status"][:], strict=True) if score is None]
     write_rows(scored, out / SCORED)
     account = {
         "command": "score",
@@ -120,7 +122,7 @@ def score_and_save(rows: Dataset, scorer: SafetyRiskScorer, out: Path, *, data: 
         "model": asdict(scorer.spec),
         "anchors": {"name": scorer.anchors.name, "sha256": scorer.anchors.content_hash},
         "scores": [score.key() for score in scorer.scores],
-        "options": {"target": scorer.target, "max_length": scorer.max_length, "columns": scorer.columns},
+        "options": {name: getattr(scorer, name) for name in OPTIONS},
         "fingerprint": scorer.fingerprint,
         "versions": versions(),
     }

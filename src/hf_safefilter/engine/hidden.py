@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ class Hidden:
 class HiddenCatcher:
     """Catches the decoder's output of the last forward pass."""
 
-    output: Any = field(default=None)
+    output: Any = None
 
     def at_last_target(self, wanted: Hidden, labels: torch.Tensor) -> torch.Tensor:
         """[batch, hidden] in float32; `labels` is [batch, tokens]."""

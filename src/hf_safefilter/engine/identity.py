@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -68,9 +68,8 @@ def _commit(repo_id: str, what: str, probe: str, revision: str | None) -> str:
     try:
         path = Path(hf_hub_download(repo_id, probe, revision=revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        reason = str(error).splitlines()[0]
         at = f" at revision {revision!r}" if revision else ""
-        raise InputError(f"no {what} {repo_id!r}{at}: not a folder here, and not on the Hub ({reason})") from None
+        raise InputError(f"no {what} {repo_id!r}{at}: not a folder here, and not on the Hub ({first_line(error)})") from None
     # The cache's layout is snapshots/<commit>/<file>.
     return path.parents[len(Path(probe).parts) - 1].name
 

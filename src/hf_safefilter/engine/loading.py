@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,8 @@ from weakref import WeakValueDictionary
 import torch
 from safetensors import SafetensorError
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from .identity import Source, module_stamp
-
-logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -46,10 +43,11 @@ class ModelSpec:
         return cls(**{**data, **sources})
 
 
-def register(source: Source, loaded: Any, stamp: Any = None) -> None:
-    """Make a loaded object available to scorers that name its `source`; `stamp` is a model's `module_stamp`."""
+def register(source: Source, loaded: Any, stamp: Any = None) -> Source:
+    """Make a loaded object available to scorers that name its `source`, returned; `stamp` is a model's `module_stamp`."""
     _LOADED[source.fingerprint] = loaded
     _STAMPS[source.fingerprint] = stamp
+    return source
 
 
 def registered(source: Source, what: str = "model") -> Any:
@@ -138,7 +136,7 @@ def _load_tokenizer(spec: ModelSpec) -> Any:
     try:
         return AutoTokenizer.from_pretrained(**_from(spec.tokenizer), **gguf)
     except _LOAD_ERRORS as error:
-        raise InputError(f"cannot load the tokenizer of {spec.tokenizer.name!r}: {_first_line(error)}") from None
+        raise InputError(f"cannot load the tokenizer of {spec.tokenizer.name!r}: {first_line(error)}") from None
 
 
 def _load_model(spec: ModelSpec) -> Any:
@@ -153,7 +151,7 @@ def _load_model(spec: ModelSpec) -> Any:
             **_from(spec.model), dtype=DTYPES[spec.dtype], output_loading_info=True, **options
         )
     except _LOAD_ERRORS as error:
-        raise InputError(f"cannot load the model {spec.model.name!r}: {_first_line(error)}") from None
+        raise InputError(f"cannot load the model {spec.model.name!r}: {first_line(error)}") from None
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         # transformers would fill these with random numbers and go on.
@@ -172,21 +170,19 @@ def _merge_adapter(model: Any, adapter: Source) -> Any:
     folder = Path(adapter.name)
     if adapter.kind == "hub":
         files = ["adapter_config.json", "adapter_model.safetensors"]
-        folder = Path(snapshot_download(adapter.name, revision=adapter.fingerprint, allow_patterns=files))
+        try:
+            folder = Path(snapshot_download(adapter.name, revision=adapter.fingerprint, allow_patterns=files))
+        except _LOAD_ERRORS as error:
+            raise InputError(f"cannot download the adapter {adapter.name!r}: {first_line(error)}") from None
     if not (folder / "adapter_model.safetensors").is_file():
         raise InputError(f"the adapter {adapter.name!r} has no adapter_model.safetensors (pickled weights are not loaded)")
     try:
         merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     except _LOAD_ERRORS as error:
-        raise InputError(f"the adapter {adapter.name!r} does not fit the model: {_first_line(error)}") from None
+        raise InputError(f"the adapter {adapter.name!r} does not fit the model: {first_line(error)}") from None
     return merged
 
 
 def accepts_logits_to_keep(model: Any) -> bool:
     """Whether the model can give logits at chosen positions only."""
     return "logits_to_keep" in inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines or [type(error).__name__])[0][:300]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +15,6 @@ from .batching import Batch, collate, default_batch_tokens, micro_batches
 from .gradients import Directions, Gradient, gradient, norm, scoring_mode, trainable
 from .hidden import FINAL_LAYER, Hidden, HiddenCatcher, catching
 from .loading import accepts_logits_to_keep
-
-logger = logging.getLogger(__name__)
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
