@@ -1,7 +1,8 @@
 """What scoring costs beside training on the same rows: `make bench`.
 
-All in one process, on the same rows one by one, in turns, so that a machine's drift hits all of them; medians over rounds, as
-ratios to the training step (forward and backward with weight gradients, no optimizer). Times alone mean nothing here.
+All in one process, on the same rows (one by one where not said otherwise), in turns, so that a machine's drift hits all of
+them; medians over rounds, as ratios to the training step (forward and backward with weight gradients, no optimizer). Times
+alone mean nothing here.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def main() -> None:
     # Fitting costs the same whatever the rows; a few anchors make the same directions to compare with.
     anchors = AnchorSet.load().subset(["fraud"])
     scorers = {name: SafetyRiskScorer(demo_model(), anchors, name, dtype=args.dtype) for name in ("representation", "gradient")}
+    batched = SafetyRiskScorer(demo_model(), anchors, "representation", dtype=args.dtype, batch_tokens=1024)
     both = SafetyRiskScorer(demo_model(), anchors, "all", dtype=args.dtype)
     text = (resources.files("hf_safefilter") / "assets" / "benign_sample.jsonl").read_text("utf-8")
     rows = [json.loads(line) for line in text.splitlines()][: args.rows]
@@ -62,6 +64,7 @@ def main() -> None:
         "training step": training_step,
         "forward": forward,
         "representation": collect(scorers["representation"]),
+        "representation, 1024 tokens a batch": collect(batched),
         "gradient": collect(scorers["gradient"]),
         "both scores": collect(both),
     }
