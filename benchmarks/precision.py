@@ -2,8 +2,8 @@
 
 python benchmarks/precision.py REFERENCE OTHER      (folders or files that `score` wrote)
 
-Prints a Markdown table: how far scores moved, beside their spread in the reference; Spearman's rank correlation with an
-interval from 2,000 bootstrap samples of the rows (seed 0); how many of the reference's ten riskiest rows the other has among its ten.
+Prints a Markdown table: how far scores moved, beside their spread in the reference; Spearman's rank correlation, with an
+interval from 2,000 bootstrap samples of the rows (seed 0); how many of the reference's ten riskiest rows the other's ten hold.
 """
 
 from __future__ import annotations

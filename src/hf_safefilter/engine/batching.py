@@ -13,8 +13,8 @@ from ..chat import IGNORE, Example
 def default_batch_tokens(device: torch.device, dtype: torch.dtype) -> int:
     """Padded tokens in a micro-batch, where the user sets no budget: enough to keep the processor busy, little memory.
 
-    In 16 bits rounding depends on the shape of the batch, so that a row's score would depend on its neighbours: there, on a CPU,
-    rows go one by one, which costs little more (`benchmarks/score_cost.py`).
+    In 16 bits rounding depends on the shape of the batch, so that a row's score would depend on its neighbours: there, on a
+    CPU, rows go one by one, which costs little more (`benchmarks/score_cost.py`).
     """
     if device.type != "cpu":
         return 16384
