@@ -23,7 +23,7 @@ import torch
 
 from .anchors import AnchorSet
 from .chat import ChatEncoder, Example, Target, check_options
-from .engine.gradients import trainable
+from .engine.layers import trainable
 from .engine.identity import Source, module_source, module_stamp, resolve, tokenizer_source
 from .engine.loading import ModelSpec, check_lm_head, register, resolve_dtype
 from .engine.passes import Needs

@@ -4,60 +4,96 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ..chat import IGNORE, Example
+from ..chat import Example
 from ..errors import EvaluationError
-from .batching import Batch, collate, default_batch_tokens, micro_batches
-from .gradients import Directions, Gradient, gradient, norm, scoring_mode, trainable
-from .hidden import FINAL_LAYER, Hidden, HiddenCatcher, catching
-from .loading import accepts_logits_to_keep
+from .backward import Losses, Targets, backward, checkpointing, forward, frozen, inputs
+from .batching import collate, default_batch_tokens, micro_batches
+from .directions import Directions
+from .hidden import Hidden, Probe, States, catching
+from .layers import check_parameters, find_layers, trainable, units
+from .margin import MARGIN, MARGIN_ADAM, margin_directions
+from .measure import Accumulation, Measurement
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
+Sides = Mapping[str, Sequence[Example]]
+
+# The extra side of anchors that are ordinary requests: states only.
+HARMLESS = "harmless"
 
 
 @dataclass(frozen=True)
 class Needs:
     """What a score asks the pass to collect; `a | b` is what both need.
 
-    `anchor_tokens` is how many response tokens of an anchor its gradient is taken over.
+    `loss` is each row's cross-entropy; `gradient` its gradient's norm; `directions` also its inner products with the anchor
+    sides' directions; `margin` also with those of the refusal margin. `anchor_tokens` is how many response tokens of an anchor
+    gradients are taken over. `harmless` asks for states of ordinary requests beside the anchors', `text` for the rows' responses.
     """
 
     hidden: frozenset[Hidden] = frozenset()
+    probes: frozenset[Probe] = frozenset()
+    loss: bool = False
     gradient: bool = False
+    directions: bool = False
+    margin: bool = False
     anchor_tokens: int | None = None
+    harmless: bool = False
+    text: bool = False
 
     def __or__(self, other: Needs) -> Needs:
         anchor_tokens = self.anchor_tokens if self.anchor_tokens is not None else other.anchor_tokens
         if other.anchor_tokens not in (None, anchor_tokens):
             raise EvaluationError(f"scores disagree on anchor_tokens: {anchor_tokens} and {other.anchor_tokens}")
-        return Needs(self.hidden | other.hidden, self.gradient or other.gradient, anchor_tokens)
+        either = {f: getattr(self, f) or getattr(other, f) for f in ("loss", "gradient", "directions", "margin", "harmless", "text")}
+        return Needs(self.hidden | other.hidden, self.probes | other.probes, anchor_tokens=anchor_tokens, **either)
 
 
 @dataclass
 class Signals:
-    """What a pass collected, in the order of the rows.
+    """What a pass collected, in the order of the rows; what was not asked for is empty.
 
-    `hidden[h]` is [rows, hidden] float32; `loss`, `gradient_norm` and each of `gradient_dots` are [rows] float64. `loss` is the
-    mean cross-entropy over target tokens in nats; `gradient_dots[side]` is the row's gradient times that anchor side's
-    direction, not yet divided by `gradient_norm`. All but `hidden` are empty without gradients.
+    `hidden[h]` is [rows, hidden] float32; `energies[probe]` a list of [target tokens, bases]; `loss` and `first_loss` [rows]
+    float64, the cross-entropy in nats: mean over target tokens, and at the first; `tokens` [rows] how many targets.
+    `squared_norms` [rows, units] and `dots[direction]` [rows, units], float64: of the gradient of the mean loss, a unit for
+    each parameter; inner products are not yet divided by anything. `texts` are the responses.
     """
 
-    hidden: dict[Hidden, torch.Tensor]
+    hidden: dict[Hidden, torch.Tensor] = field(default_factory=dict)
+    energies: dict[Probe, list[torch.Tensor]] = field(default_factory=dict)
     loss: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    gradient_norm: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    gradient_dots: dict[str, torch.Tensor] = field(default_factory=dict)
+    first_loss: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    tokens: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    squared_norms: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    dots: dict[str, torch.Tensor] = field(default_factory=dict)
+    texts: list[str] = field(default_factory=list)
+
+    @property
+    def norm(self) -> torch.Tensor:
+        """[rows]: the gradient's norm over all units."""
+        return self.squared_norms.sum(dim=1).clamp(min=0).sqrt()
 
 
 @dataclass
 class Reference:
-    """What rows are compared with: each anchor side's hidden states [anchors, hidden] and gradient direction."""
+    """What rows are compared with: what each score made of the anchors (tensors by name), and directions of gradients.
 
-    hidden: dict[str, dict[Hidden, torch.Tensor]]
+    `norms` [directions, units] are the directions' norms.
+    """
+
+    fitted: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     directions: Directions | None = None
+
+    def unit_norms(self, direction: str) -> torch.Tensor:
+        """[units]: a direction's norm in each unit."""
+        assert self.directions is not None
+        k = self.directions.names.index(direction)
+        return torch.stack([squares[k] for squares in self.directions.squared_norms().values()]).sqrt()
 
 
 class Engine:
@@ -66,13 +102,26 @@ class Engine:
     Args:
         model: the model, on its device.
         batch_tokens: padded tokens in a micro-batch; see `default_batch_tokens`. Float32 results do not depend on it.
+        parameters: the subset that gradients are taken over; see `find_layers`.
+        gradient_checkpointing: compute activations again in the backward pass: less memory, a third more time.
+        energy: the least share of each anchor direction's squared norm to keep; under 1, directions are stored factored.
     """
 
-    def __init__(self, model: Any, batch_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        batch_tokens: int | None = None,
+        *,
+        parameters: str = "all",
+        gradient_checkpointing: bool = False,
+        energy: float = 1.0,
+    ) -> None:
         self.model = model
         self.device = next(model.parameters()).device
         self.batch_tokens = batch_tokens or default_batch_tokens(self.device, trainable(model)[0].dtype)
-        self._slices_logits = accepts_logits_to_keep(model)
+        self.parameters = check_parameters(parameters)
+        self.gradient_checkpointing = gradient_checkpointing
+        self.energy = energy
 
     @property
     def context_length(self) -> int:
@@ -80,119 +129,120 @@ class Engine:
         config = self.model.config.get_text_config()
         return getattr(config, "max_position_embeddings", None) or 2**31
 
-    def fit(self, sides: Mapping[str, Sequence[Example]], needs: Needs, progress: Progress = iter) -> Reference:
-        """Fit what rows are compared with, from each side's encoded anchors.
+    @property
+    def depth(self) -> int:
+        """The number of blocks."""
+        return int(self.model.config.get_text_config().num_hidden_layers)
 
-        Args:
-            sides: anchors by side.
-            needs: hidden states are taken at the anchor's last target token; gradients over its first `anchor_tokens` targets.
-            progress: wraps the iteration over anchors (a progress bar).
+    def states(self, sides: Sides, hidden: frozenset[Hidden]) -> dict[str, dict[Hidden, torch.Tensor]]:
+        """Each side's anchors' hidden states [anchors, hidden].
 
         Raises:
-            EvaluationError: an anchor's gradient or hidden state is zero or not finite.
+            EvaluationError: an anchor's hidden state is zero or not finite.
         """
-        hidden = {side: self._hidden(examples, needs.hidden) for side, examples in sides.items()}
-        for side, states in hidden.items():
+        found = {side: self.collect(examples, Needs(hidden), Reference()).hidden for side, examples in sides.items()}
+        for side, states in found.items():
             for state in states.values():
                 if bad := (~torch.isfinite(state).all(dim=1) | (state.norm(dim=1) == 0)).nonzero().flatten().tolist():
                     raise EvaluationError(f"anchor {side}[{bad[0]}] has no usable hidden state; try dtype='float32'")
-        directions = self._fit_directions(sides, needs.anchor_tokens, progress) if needs.gradient else None
-        return Reference(hidden, directions)
+        return found
+
+    def directions(self, sides: Sides, needs: Needs, progress: Progress = iter) -> Directions:
+        """Directions of the anchors' gradients over their first `needs.anchor_tokens` targets.
+
+        A side's direction is the mean of its anchors' unit gradients, not normalised again (He et al. 2024, as their code
+        does), so that a unit gradient's inner product with it is the mean of its cosines to the anchors. With `needs.margin`
+        also those of the refusal margin; see `margin_directions`.
+
+        Args:
+            sides: `harmful` and safe sides of anchors.
+            needs: what rows will be asked for.
+            progress: wraps the iteration over micro-batches (a progress bar).
+
+        Raises:
+            EvaluationError: an anchor's gradient is zero or not finite.
+        """
+        short = {s: [e.first_targets(needs.anchor_tokens or len(e.labels)) for e in side] for s, side in sides.items()}
+        norms = {side: self.collect(e, Needs(gradient=True), Reference(), progress).norm for side, e in short.items()}
+        for side, values in norms.items():
+            if bad := (~torch.isfinite(values) | (values == 0)).nonzero().flatten().tolist():
+                norm = float(values[bad[0]])
+                raise EvaluationError(f"anchor {side}[{bad[0]}] has a gradient of norm {norm}; try dtype='float32'")
+        rows = [(side, i) for side, examples in short.items() for i in range(len(examples))]
+        names = [*short, *((MARGIN, MARGIN_ADAM) if needs.margin else ())]
+        weights = torch.zeros(len(names), len(rows), dtype=torch.float64)
+        for row, (side, i) in enumerate(rows):
+            weights[names.index(side), row] = 1 / (norms[side][i] * len(short[side]))
+            if needs.margin:
+                # Mean gradients of the two sides, of which the margin's directions are made below.
+                place, sets = (MARGIN, 1) if side == "harmful" else (MARGIN_ADAM, len(short) - 1)
+                weights[names.index(place), row] = 1 / (len(short[side]) * sets)
+        layers = find_layers(self.model, self.parameters)
+        directions = Directions.zeros(names, dict(units(layers)))
+        examples = [short[side][i] for side, i in rows]
+        with frozen(self.model), self._checkpointing():
+            for group in progress(micro_batches([len(e.input_ids) for e in examples], self.batch_tokens)):
+                batch = collate([examples[i] for i in group], self.device)
+                targets = Targets.of(batch.labels)
+                backward(
+                    self.model, layers, batch, targets,
+                    Accumulation(batch, targets, directions, weights[:, group].to(self.device)),
+                )  # fmt: skip
+        if needs.margin:
+            margin_directions(directions)
+        return directions.compress(self.energy)
 
     def collect(self, examples: Sequence[Example], needs: Needs, reference: Reference, progress: Progress = iter) -> Signals:
-        """Collect the signals of rows, in one pass; `progress` wraps the iteration over rows or micro-batches.
+        """Collect the signals of rows, in one pass over length-sorted micro-batches; `progress` wraps the iteration over them.
 
-        Without gradients rows go in length-sorted micro-batches through the decoder alone; with gradients they go one by one
-        through the whole model, and their hidden states come from the same forward pass.
+        States alone take a forward pass up to the last layer that is needed; losses a whole one, gradients also a backward.
         """
-        if not needs.gradient or not examples:
-            return Signals(self._hidden(examples, needs.hidden, progress))
-        assert reference.directions is not None
-        hidden: dict[Hidden, list[torch.Tensor]] = {h: [] for h in needs.hidden}
-        loss, norms = [], []
-        dots: dict[str, list[float]] = {side: [] for side in reference.directions.names}
-        with scoring_mode(self.model, gradients=True), catching(self.model) as catcher:
-            for example in progress(examples):
-                row_loss, g, labels = self._backward(example, output_hidden_states=_inner_layers(needs.hidden))
-                for h in needs.hidden:
-                    hidden[h].append(catcher.at_last_target(h, labels))
-                row_norm, row_dots = reference.directions.measure(g)
-                loss.append(row_loss)
-                norms.append(row_norm)
-                for side, value in row_dots.items():
-                    dots[side].append(value)
-        as_tensor = lambda values: torch.tensor(values, dtype=torch.float64)  # noqa: E731
-        return Signals(
-            {h: torch.cat(rows).cpu() for h, rows in hidden.items()},
-            as_tensor(loss),
-            as_tensor(norms),
-            {side: as_tensor(values) for side, values in dots.items()},
-        )
-
-    def _hidden(
-        self, examples: Sequence[Example], wanted: frozenset[Hidden], progress: Progress = iter
-    ) -> dict[Hidden, torch.Tensor]:
-        """Hidden states [rows, hidden] in the rows' order, from micro-batches through the decoder alone."""
-        if not wanted or not examples:
-            return {h: torch.empty(0) for h in wanted}
+        signals = Signals(tokens=torch.tensor([len(e.target_positions) for e in examples]))
+        if not examples or not (needs.hidden or needs.probes or needs.loss or needs.gradient):
+            return signals
         groups = micro_batches([len(e.input_ids) for e in examples], self.batch_tokens)
-        rows: dict[Hidden, list[torch.Tensor]] = {h: [] for h in wanted}
-        decoder = self.model.get_decoder()
-        with scoring_mode(self.model, gradients=False), torch.inference_mode():
+        layers = find_layers(self.model, self.parameters) if needs.gradient else []
+        caught: list[States] = []
+        losses: list[Losses] = []
+        measured: list[Measurement] = []
+        with frozen(self.model), self._checkpointing() if needs.gradient else nullcontext():
             for group in progress(groups):
                 batch = collate([examples[i] for i in group], self.device)
-                catcher = HiddenCatcher(decoder(**self._inputs(batch), output_hidden_states=_inner_layers(wanted)))
-                for h in wanted:
-                    rows[h].append(catcher.at_last_target(h, batch.labels).cpu())
+                targets = Targets.of(batch.labels)
+                only_states = not (needs.loss or needs.gradient)
+                with catching(self.model, needs.hidden, needs.probes, batch.labels, stop=only_states) as states:
+                    if needs.gradient:
+                        visit = Measurement(batch, targets, reference.directions if needs.directions else None)
+                        losses.append(backward(self.model, layers, batch, targets, visit))
+                        measured.append(visit)
+                    else:
+                        with torch.inference_mode():
+                            if only_states:
+                                self.model.get_decoder()(**inputs(batch, self.model))
+                            else:
+                                losses.append(forward(self.model, batch, targets, gradients=False)[1])
+                caught.append(states)
         order = torch.tensor([i for group in groups for i in group]).argsort()
-        return {h: torch.cat(states)[order].clone() for h, states in rows.items()}
+        rows = lambda parts: torch.cat([p.cpu() for p in parts])[order].clone()  # noqa: E731
+        signals.hidden = {h: rows([s.pooled[h] for s in caught]) for h in needs.hidden}
+        for probe in needs.probes:
+            energies = [e.cpu() for s in caught for e in s.energies[probe]]
+            signals.energies[probe] = [energies[i] for i in order.tolist()]
+        if losses:
+            signals.loss, signals.first_loss = rows([x.mean for x in losses]), rows([x.first for x in losses])
+        if measured:
+            names = [name for name, _ in units(layers)]
+            signals.squared_norms = rows([torch.stack([m.squares[n] for n in names], dim=1) for m in measured])
+        if measured and needs.directions:
+            assert reference.directions is not None
+            dots = rows([torch.stack([m.dots[n] for n in names], dim=1) for m in measured])  # [rows, units, directions]
+            signals.dots = {name: dots[:, :, k] for k, name in enumerate(reference.directions.names)}
+        return signals
 
-    def _backward(self, example: Example, **options: Any) -> tuple[float, Gradient, torch.Tensor]:
-        """Loss, gradient of the mean loss over the target tokens, and labels [1, tokens] of one row."""
-        batch = collate([example], self.device)
-        targets = (batch.labels[0] != IGNORE).nonzero().flatten()
-        predicting = targets - 1  # a token is predicted from the one before it
-        if self._slices_logits:
-            kept = _at_least(predicting, _MIN_LOGITS)
-            output = self.model(**self._inputs(batch), logits_to_keep=kept, **options)
-            logits = output.logits[0, torch.isin(kept, predicting)]
-        else:
-            logits = self.model(**self._inputs(batch), **options).logits[0, predicting]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss = torch.nn.functional.cross_entropy(logits, batch.labels[0, targets])
-        return loss.item(), gradient(loss, trainable(self.model)), batch.labels
-
-    def _inputs(self, batch: Batch) -> dict[str, Any]:
-        # Without padding a mask says nothing, and attention is faster without one.
-        mask = None if bool(batch.attention_mask.all()) else batch.attention_mask
-        return {"input_ids": batch.input_ids, "attention_mask": mask, "use_cache": False}
-
-    def _fit_directions(self, sides: Mapping[str, Sequence[Example]], tokens: int | None, progress: Progress) -> Directions:
-        directions = Directions.zeros(list(sides), trainable(self.model))
-        anchors = [(side, i, example) for side, examples in sides.items() for i, example in enumerate(examples)]
-        with scoring_mode(self.model, gradients=True):
-            for side, i, example in progress(anchors):
-                _, g, _ = self._backward(example if tokens is None else example.first_targets(tokens))
-                length = norm(g)
-                if not (0 < length < math.inf):
-                    raise EvaluationError(f"anchor {side}[{i}] has a gradient of norm {length}; try dtype='float32'")
-                directions.add(side, g, 1 / (length * len(sides[side])))
-        return directions
+    def _checkpointing(self) -> Any:
+        return checkpointing(self.model) if self.gradient_checkpointing else nullcontext()
 
 
-# Positions that logits are taken at, at least. With under 4, the CPU's matrix product in the head's backward sums over the
-# vocabulary in one go: its gradient was wrong by 1.5e-4 (SmolLM2-135M, float32), against 1e-5 with 4 and more.
-_MIN_LOGITS = 8
-
-
-def _at_least(positions: torch.Tensor, count: int) -> torch.Tensor:
-    """The positions, and if they are fewer than `count` those just before the last of them too; sorted."""
-    if len(positions) >= count:
-        return positions
-    last = int(positions[-1])
-    more = torch.arange(max(0, last - count + 1), last + 1, device=positions.device)
-    return torch.unique(torch.cat([positions, more]))
-
-
-def _inner_layers(wanted: Iterable[Hidden]) -> bool:
-    return any(h.layer != FINAL_LAYER for h in wanted)
+def finite_norm(value: float) -> bool:
+    """Whether a norm can be divided by."""
+    return 0 < value < math.inf
