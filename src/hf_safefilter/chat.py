@@ -142,6 +142,10 @@ class ChatEncoder:
             notes.append(f"content holds control tokens: {' '.join(found)}")
         return Example(ids, labels, "; ".join(notes) or "ok")
 
+    def target_text(self, example: Example) -> str:
+        """The target tokens as text, without special tokens."""
+        return str(self.tokenizer.decode([example.input_ids[i] for i in example.target_positions], skip_special_tokens=True))
+
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = False, tools: list[Any] | None = None
     ) -> str:

@@ -23,22 +23,36 @@ import torch
 
 from .anchors import AnchorSet
 from .chat import ChatEncoder, Example, Target, check_options
-from .engine.layers import trainable
 from .engine.identity import Source, module_source, module_stamp, resolve, tokenizer_source
+from .engine.layers import check_parameters, trainable
 from .engine.loading import ModelSpec, check_lm_head, register, resolve_dtype
 from .engine.passes import Needs
 from .errors import InputError, UnscorableRow
 from .formats import check_columns
+from .reference import Description, save_reference
 from .scores import Score, resolve_scores
-from .session import Session, open_session, progress
+from .scores.base import check_count
+from .session import GradientOptions, Session, open_session, progress
 from .tables import Columns, Table
 
 # Part of the cache key: raise it whenever the same rows would get other columns for a reason that no score's own version tells.
-SCORE_VERSION = 1
+SCORE_VERSION = 2
 
 _COUNTS = ("target_tokens", "total_tokens")
+GRADIENT_PARAMETERS = "gradient_parameters"
 # What is neither model, anchors nor scores, by attribute.
-OPTIONS = ("device", "max_length", "target", "batch_tokens", "columns")
+OPTIONS = (
+    "device",
+    "max_length",
+    "max_response_tokens",
+    "target",
+    "batch_tokens",
+    "columns",
+    "parameters",
+    "direction_energy",
+    "gradient_checkpointing",
+)
+DEFAULT_SCORES = ("gradient", "representation")
 
 
 class SafetyRiskScorer:
@@ -58,10 +72,20 @@ class SafetyRiskScorer:
         dtype: `"auto"` (bfloat16 where the device multiplies it fast, else float32), or a name or `torch.dtype`.
         device: where to run; by default the first GPU, or GPU `rank` with `map(..., with_rank=True)`, or the CPU.
         max_length: tokens kept from the start of each row.
+        max_response_tokens: score each row as if its response ended after this many target tokens; at 10 far cheaper, and
+            the opening is where refusals are decided. By default the whole response.
         target: which tokens count; see `ChatEncoder`.
         batch_tokens: padded tokens in a micro-batch: for speed and memory. Float32 scores do not depend on it; 16-bit ones do a
             little, and by default a CPU takes 16-bit rows one by one.
         columns: which columns hold the prompt and the response, for example `{"prompt": "q", "completion": "a"}`.
+        parameters: which parameters gradients are taken over: `"all"`, `"linear"` (weights and biases of linear layers),
+            `"lora"`, `"head"`, or `"last-K"` (the last K blocks, final norm and head), cheaper the fewer. The column
+            `gradient_parameters` records it.
+        direction_energy: the share of each matrix' squared norm to keep in anchor directions. At 1 they are exact, each as
+            large as the model; under 1 they are factored, small and faster to compare with, and inexact.
+        gradient_checkpointing: compute activations again in the backward pass: less memory, a third more time.
+        reference: a folder written by `save_reference`, instead of fitting the anchors; it brings its anchors, `parameters` and
+            `direction_energy`.
 
     Raises:
         InputError: an argument is wrong; the message names the fix. Weights are not read before the first call.
@@ -71,7 +95,7 @@ class SafetyRiskScorer:
         self,
         model: Any,
         anchors: AnchorSet | str | Path = "default",
-        scores: str | Score | Iterable[str | Score] = ("gradient", "representation"),
+        scores: str | Score | Iterable[str | Score] = DEFAULT_SCORES,
         *,
         tokenizer: Any = None,
         revision: str | None = None,
@@ -80,15 +104,36 @@ class SafetyRiskScorer:
         dtype: str | torch.dtype = "auto",
         device: str | None = None,
         max_length: int = 1024,
+        max_response_tokens: int | None = None,
         target: Target = "assistant",
         batch_tokens: int | None = None,
         columns: Mapping[str, str] | None = None,
+        parameters: str | None = None,
+        direction_energy: float | None = None,
+        gradient_checkpointing: bool = False,
+        reference: str | Path | None = None,
     ) -> None:
         check_options(max_length, target)
-        if batch_tokens is not None and (not isinstance(batch_tokens, int) or batch_tokens < 1):
-            raise InputError(f"batch_tokens must be a whole number of at least 1, got {batch_tokens!r}")
+        for name, value in (("batch_tokens", batch_tokens), ("max_response_tokens", max_response_tokens)):
+            if value is not None:
+                check_count(name, value)
         self.scores = resolve_scores(scores)
-        self.anchors = anchors if isinstance(anchors, AnchorSet) else AnchorSet.load(anchors)
+        self.reference = None if reference is None else Description.read(reference)
+        if self.reference is None:
+            self.anchors = anchors if isinstance(anchors, AnchorSet) else AnchorSet.load(anchors)
+            self.parameters = check_parameters("all" if parameters is None else parameters)
+            self.direction_energy = _checked_energy(1.0 if direction_energy is None else direction_energy)
+        else:
+            self.reference.check_scores(self.scores)
+            self.anchors = self.reference.anchors
+            given: dict[str, Any] = {"anchors": None if anchors == "default" else anchors}
+            given |= {"parameters": parameters, "direction_energy": direction_energy}
+            if extra := [name for name, value in given.items() if value is not None]:
+                raise InputError(f"{extra[0]} comes with the reference in {str(reference)!r}; do not give both")
+            self.parameters = check_parameters(self.reference.data["parameters"])
+            self.direction_energy = _checked_energy(self.reference.data["energy"])
+        self.gradient_checkpointing = bool(gradient_checkpointing)
+        self.max_response_tokens = max_response_tokens
         self.columns = check_columns(columns)
         self.device = None if device is None else str(_checked_device(device))
         self.max_length = max_length
@@ -172,6 +217,7 @@ class SafetyRiskScorer:
             "spec": asdict(self.spec),
             "anchors_hash": self.anchors.content_hash,
             "anchors": _packed(self.anchors),
+            "reference": None if self.reference is None else [str(self.reference.folder), self.reference.fingerprint],
             **{name: getattr(self, name) for name in OPTIONS},
         }
         # As one text: pickling a dict depends on which of its equal strings are the same object.
@@ -184,6 +230,12 @@ class SafetyRiskScorer:
         self.scores = state["scores"]
         self.spec = ModelSpec.from_dict(settings["spec"])
         self.anchors = _unpacked(settings["anchors"])
+        self.reference = None
+        if settings["reference"] is not None:
+            folder, fingerprint = settings["reference"]
+            self.reference = Description.read(folder)
+            if self.reference.fingerprint != fingerprint:
+                raise InputError(f"the reference in {folder!r} has changed since this scorer was made; make a new one")
         self._model = self._kept_tokenizer = None
 
     @property
@@ -193,14 +245,15 @@ class SafetyRiskScorer:
 
     @property
     def needs(self) -> Needs:
-        """What the scores together ask one pass over the model to collect."""
+        """What the scores together ask one pass over the model to collect (before anchors are fitted)."""
         return reduce(or_, (score.needs for score in self.scores))
 
     @property
     def result_columns(self) -> list[str]:
         """The columns that scoring adds, in order."""
         sides = list(self.anchors.sides)
-        return [*(c for score in self.scores for c in score.columns(sides)), *_COUNTS, "risk_status"]
+        subset = [GRADIENT_PARAMETERS] if self.needs.gradient else []
+        return [*(c for score in self.scores for c in score.columns(sides)), *subset, *_COUNTS, "risk_status"]
 
     def prepare(self, rank: int | None = None) -> SafetyRiskScorer:
         """Load the model and fit the anchors now instead of at the first call, and return the scorer.
@@ -209,6 +262,14 @@ class SafetyRiskScorer:
         """
         self._session(rank)
         return self
+
+    def save_reference(self, folder: str | Path, rank: int | None = None) -> Path:
+        """Fit the anchors if that is not done yet and write what was fitted to a folder; returns the folder.
+
+        A scorer of the same model with `reference=folder` starts without fitting, on this machine or another.
+        """
+        session = self._session(rank)
+        return save_reference(folder, session.reference, session.engine, session.encoder.tokenizer, self.anchors, self.scores)
 
     def __call__(self, batch: Any, rank: int | None = None) -> Any:
         """Score a batch or a row as `datasets.map` passes it.
@@ -233,6 +294,8 @@ class SafetyRiskScorer:
         for row in table.rows:
             try:
                 example = session.encoder.encode_row(row, table.layout)
+                if self.max_response_tokens is not None:
+                    example = example.first_targets(self.max_response_tokens)
             except UnscorableRow as reason:
                 examples.append(None)
                 status.append(str(reason))
@@ -244,7 +307,9 @@ class SafetyRiskScorer:
         if encoded:
             # The bar of datasets.map moves once a batch, and 1000 rows can take ten minutes.
             bar = progress("Scoring this batch", delay=10)
-            signals = session.engine.collect(encoded, self.needs, session.reference, bar)
+            signals = session.engine.collect(encoded, session.needs, session.reference, bar)
+            if session.needs.text:
+                signals.texts = [session.encoder.target_text(e) for e in encoded]
             for score in self.scores:
                 values |= score.reduce(signals, session.reference)
         return self._columns(examples, status, values)
@@ -255,17 +320,23 @@ class SafetyRiskScorer:
         index = [None if e is None else next(place) for e in examples]  # the row's place among the encoded ones
         status = list(status)
         columns: Columns = {}
-        for name in [n for n in self.result_columns if n not in (*_COUNTS, "risk_status")]:
+        not_finite: dict[int, list[str]] = {}
+        for name in [n for n in self.result_columns if n not in (GRADIENT_PARAMETERS, *_COUNTS, "risk_status")]:
             cells: list[float | None] = []
             for row, i in enumerate(index):
                 value = None if i is None else float(values[name][i])
                 if value is not None and not math.isfinite(value):
                     value = None
                     if name.startswith("risk_"):
-                        remark = "" if status[row] == "ok" else f"{status[row]}; "
-                        status[row] = f"{remark}{name} is not finite (zero gradient, or overflow: try dtype='float32')"
+                        not_finite.setdefault(row, []).append(name)
                 cells.append(value)
             columns[name] = (pa.float32(), cells)
+        for row, names in not_finite.items():
+            remark = "" if status[row] == "ok" else f"{status[row]}; "
+            verb = "is" if len(names) == 1 else "are"
+            status[row] = f"{remark}{', '.join(names)} {verb} not finite (zero gradient, or overflow: try dtype='float32')"
+        if self.needs.gradient:
+            columns[GRADIENT_PARAMETERS] = (pa.string(), [None if i is None else self.parameters for i in index])
         columns["target_tokens"] = (pa.int32(), [None if e is None else len(e.target_positions) for e in examples])
         columns["total_tokens"] = (pa.int32(), [None if e is None else len(e.input_ids) for e in examples])
         columns["risk_status"] = (pa.string(), status)
@@ -276,12 +347,14 @@ class SafetyRiskScorer:
         return open_session(
             self.spec,
             self.anchors,
-            self.needs,
+            self.scores,
             device=self.device,
             rank=rank,
             max_length=self.max_length,
             target=self.target,
             batch_tokens=self.batch_tokens,
+            gradients=GradientOptions(self.parameters, self.direction_energy, self.gradient_checkpointing),
+            reference=self.reference,
         )
 
     def __repr__(self) -> str:
@@ -289,6 +362,12 @@ class SafetyRiskScorer:
         return (
             f"SafetyRiskScorer({self.spec.model.name!r}, scores=({names}), anchors={self.anchors!r}, dtype={self.spec.dtype})"
         )
+
+
+def _checked_energy(value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= 1:
+        raise InputError(f"direction_energy must be over 0 and at most 1, got {value!r}")
+    return float(value)
 
 
 def _packed(anchors: AnchorSet) -> str:

@@ -5,11 +5,15 @@ Sessions are looked up by what they depend on, so that every copy of a scorer in
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from importlib import resources
+from operator import or_
 from typing import Any
 
 import torch
@@ -18,20 +22,32 @@ from datasets.utils import tqdm
 from .anchors import AnchorSet, Demonstration
 from .chat import ChatEncoder, Example, Target
 from .engine.loading import ModelSpec, default_device, load, registered
-from .engine.passes import Engine, Needs, Progress, Reference
+from .engine.passes import HARMLESS, Engine, Needs, Progress, Reference, Sides
 from .errors import InputError, UnscorableRow
 from .formats import Conversation
+from .reference import Description
+from .scores import Score
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Session:
-    """A model that is ready to score rows."""
+    """A model that is ready to score rows; `needs` is what the scores ask of them."""
 
     engine: Engine
     encoder: ChatEncoder
     reference: Reference
+    needs: Needs
+
+
+@dataclass(frozen=True)
+class GradientOptions:
+    """How gradients are taken, and anchor directions kept; see `SafetyRiskScorer`."""
+
+    parameters: str = "all"
+    energy: float = 1.0
+    checkpointing: bool = False
 
 
 class _Recent(OrderedDict[Any, Any]):
@@ -54,18 +70,20 @@ _process = {"forked": False}
 def open_session(
     spec: ModelSpec,
     anchors: AnchorSet,
-    needs: Needs,
+    scores: Sequence[Score],
     *,
     device: str | None,
     rank: int | None,
     max_length: int,
     target: Target,
     batch_tokens: int | None,
+    gradients: GradientOptions,
+    reference: Description | None = None,
 ) -> Session:
     """The session for these settings in this process, made if there is none yet.
 
     Raises:
-        InputError: the model cannot be loaded, or an anchor cannot be encoded.
+        InputError: the model or the reference cannot be loaded, or an anchor cannot be encoded.
         EvaluationError: the anchors cannot be fitted.
     """
     _tame_threads()
@@ -74,19 +92,64 @@ def open_session(
         device = f"cuda:{(rank or 0) % torch.cuda.device_count()}"
     # Two loaded models may be equal now and not after one is trained on: they are told apart as objects.
     which = (spec, id(registered(spec.model)) if spec.model.kind == "loaded" else None, device)
-    key = (which, anchors.content_hash, needs, max_length, target, batch_tokens)
+    fitted = None if reference is None else reference.fingerprint
+    key = (which, anchors.content_hash, tuple(scores), max_length, target, batch_tokens, gradients, fitted)
 
     def make() -> Session:
         model, tokenizer = _MODELS.get_or_make(which, lambda: load(spec, device))
-        engine = Engine(model, batch_tokens)
+        engine = Engine(
+            model,
+            batch_tokens,
+            parameters=gradients.parameters,
+            energy=gradients.energy,
+            gradient_checkpointing=gradients.checkpointing,
+        )
         length = min(max_length, engine.context_length)
         if length < max_length:
             logger.info("max_length=%d is over the model's context; rows are cut at %d", max_length, length)
         encoder = ChatEncoder(tokenizer, length, target)
-        sides = {name: _encoded(encoder, side, name, engine.context_length) for name, side in anchors.sides.items()}
-        return Session(engine, encoder, engine.fit(sides, needs, progress("Fitting anchors")))
+        if reference is not None:
+            found = reference.load(engine, tokenizer)
+        else:
+            sides = {name: _encoded(encoder, side, name, engine.context_length) for name, side in anchors.sides.items()}
+            if any(score.needs.harmless for score in scores):
+                sides[HARMLESS] = _encoded(encoder, harmless_requests(), HARMLESS, engine.context_length)
+            found = fit(engine, sides, scores, progress("Fitting anchors"))
+        needs = reduce(or_, (score.row_needs(found.fitted[score.name]) for score in scores))
+        return Session(engine, encoder, found, needs)
 
     return _SESSIONS.get_or_make(key, make)
+
+
+def fit(engine: Engine, sides: Sides, scores: Iterable[Score], progress: Progress = iter) -> Reference:
+    """Fit what rows are compared with.
+
+    Args:
+        engine: the model.
+        sides: encoded anchors: `harmful`, `safe_1`, ..., and `harmless` where a score needs it.
+        scores: what to fit for.
+        progress: wraps the iteration over micro-batches of anchors (a progress bar).
+
+    Raises:
+        EvaluationError: an anchor's gradient or state is zero or not finite.
+        InputError: a score's options do not go with these anchors.
+    """
+    scores = list(scores)
+    needs = reduce(or_, (score.needs for score in scores))
+    wanted = frozenset().union(*(score.anchor_states(engine.depth) for score in scores))
+    states = engine.states(sides, wanted)
+    anchors = {side: examples for side, examples in sides.items() if side != HARMLESS}
+    fitted = {
+        score.name: score.fit({s: x for s, x in states.items() if s in anchors or score.needs.harmless}, engine.depth)
+        for score in scores
+    }
+    return Reference(fitted, engine.directions(anchors, needs, progress) if needs.directions else None)
+
+
+def harmless_requests() -> list[Demonstration]:
+    """Ordinary requests, to set against the anchors' harmful ones."""
+    text = (resources.files(__package__) / "assets" / "harmless.jsonl").read_text("utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def _encoded(encoder: ChatEncoder, side: Iterable[Demonstration], name: str, context_length: int) -> list[Example]:

@@ -6,6 +6,7 @@ import argparse
 import json
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,25 +32,58 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
         description=f"Score rows; higher is riskier. Writes OUT/{SCORED} and OUT/{RUN_FILE}.",
     )
     p.add_argument("data", help="a Hub id, a folder, or a json, jsonl, csv or parquet file")
-    p.add_argument("--model", required=True, help="a Hub id, a folder or a .gguf file")
     p.add_argument("--out", required=True, type=Path, help="folder for the results")
-    p.add_argument("--revision", help="branch, tag or commit of the model")
-    p.add_argument("--gguf-file", help="the GGUF file in the model's folder or repository")
-    p.add_argument("--adapter", help="a PEFT adapter, merged into the model")
-    p.add_argument("--anchors", default="default", help="an anchor file, folder or Hub id (default: the built-in set)")
-    p.add_argument(
-        "--scores", default="gradient,representation", help="names with commas between, or all (default: %(default)s)"
-    )
-    p.add_argument("--top-n", type=int, default=1, help="nearest anchors averaged by representation (default: 1)")
+    add_scorer_arguments(p)
+    p.add_argument("--reference", help="a folder written by fit: do not fit the anchors again")
     p.add_argument("--columns", help="where the prompt and the response are, such as prompt=q,completion=a")
     p.add_argument("--split", help="split of the dataset (default: train)")
     p.add_argument("--limit", type=int, help="score only the first LIMIT rows")
     p.add_argument("--target", default="assistant", help="assistant, last_assistant, completion or all (default: assistant)")
     p.add_argument("--max-length", type=int, default=1024, help="tokens kept of each row (default: 1024)")
+    p.add_argument("--max-response-tokens", type=int, help="score rows as if responses ended after this many tokens")
+    p.set_defaults(run=run)
+
+
+def add_scorer_arguments(p: argparse.ArgumentParser) -> None:
+    """Add the arguments that `score` and `fit` share: which model, anchors and scores, and how to run."""
+    p.add_argument("--model", required=True, help="a Hub id, a folder or a .gguf file")
+    p.add_argument("--revision", help="branch, tag or commit of the model")
+    p.add_argument("--gguf-file", help="the GGUF file in the model's folder or repository")
+    p.add_argument("--adapter", help="a PEFT adapter, merged into the model")
+    p.add_argument("--tokenizer", help="a tokenizer's folder or Hub id (default: the model's own)")
+    p.add_argument("--anchors", default="default", help="an anchor file, folder or Hub id (default: the built-in set)")
+    p.add_argument(
+        "--scores", default="gradient,representation", help="names with commas between, or all (default: %(default)s)"
+    )
+    p.add_argument("--top-n", type=int, default=1, help="nearest anchors averaged by representation (default: 1)")
+    p.add_argument("--parameters", help="gradients over all (default), linear, lora, head, or last-K such as last-4")
+    p.add_argument("--direction-energy", type=float, help="under 1, keep anchor directions factored: small, fast, inexact")
+    p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
     p.add_argument("--batch-tokens", type=int, help="padded tokens in a micro-batch")
     p.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (default: auto)")
     p.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    p.set_defaults(run=run)
+
+
+def build_scorer(args: argparse.Namespace, scores: Sequence[Any], **options: Any) -> SafetyRiskScorer:
+    """The scorer that the shared arguments ask for."""
+    from ..scorer import SafetyRiskScorer
+
+    return SafetyRiskScorer(
+        args.model,
+        anchors=args.anchors,
+        scores=scores,
+        tokenizer=args.tokenizer,
+        revision=args.revision,
+        adapter=args.adapter,
+        gguf_file=args.gguf_file,
+        dtype=args.dtype,
+        device=args.device,
+        batch_tokens=args.batch_tokens,
+        parameters=args.parameters,
+        direction_energy=args.direction_energy,
+        gradient_checkpointing=args.gradient_checkpointing,
+        **options,
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,22 +91,15 @@ def run(args: argparse.Namespace) -> int:
     if args.limit is not None and args.limit < 1:
         raise InputError(f"--limit must be at least 1, got {args.limit}")
     columns = _columns(args.columns)
-    scores = _scores(args.scores, args.top_n)  # cheap checks first: reading data and loading libraries take seconds
-    from ..scorer import SafetyRiskScorer
-
-    scorer = SafetyRiskScorer(
-        args.model,
-        anchors=args.anchors,
-        scores=scores,
-        revision=args.revision,
-        adapter=args.adapter,
-        gguf_file=args.gguf_file,
-        dtype=args.dtype,
-        device=args.device,
+    scores = chosen_scores(args.scores, args.top_n)  # cheap checks first: reading data and loading libraries take seconds
+    scorer = build_scorer(
+        args,
+        scores,
         max_length=args.max_length,
+        max_response_tokens=args.max_response_tokens,
         target=args.target,
-        batch_tokens=args.batch_tokens,
         columns=columns,
+        reference=args.reference,
     )
     rows = read_rows(args.data, args.split, csv_as_text=True)
     if args.limit is not None:
@@ -103,8 +130,8 @@ def score_and_save(rows: Dataset, scorer: SafetyRiskScorer, out: Path, *, data: 
         raise InputError(f"{data} has no rows")
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    # Gradient passes take rows one by one: small calls, so that the bar moves.
-    batch_size = 16 if scorer.needs.gradient else 256
+    # Gradient passes are slow: small calls, so that the bar moves.
+    batch_size = 64 if scorer.needs.gradient else 256
     scored = rows.map(scorer, batched=True, batch_size=batch_size, desc="Scoring")
     seconds = time.perf_counter() - started
     risk = [c for c in scorer.result_columns if c.startswith("risk_") and c != "risk_status"]
@@ -121,6 +148,7 @@ def score_and_save(rows: Dataset, scorer: SafetyRiskScorer, out: Path, *, data: 
         "score_columns": risk,
         "model": asdict(scorer.spec),
         "anchors": {"name": scorer.anchors.name, "sha256": scorer.anchors.content_hash},
+        "reference": None if scorer.reference is None else scorer.reference.fingerprint,
         "scores": [score.key() for score in scorer.scores],
         "options": {name: getattr(scorer, name) for name in OPTIONS},
         "fingerprint": scorer.fingerprint,
@@ -169,7 +197,8 @@ def _columns(text: str | None) -> dict[str, str] | None:
     return {part.strip(): column.strip() for part, _, column in pairs}
 
 
-def _scores(text: str, top_n: int) -> list[Any]:
+def chosen_scores(text: str, top_n: int) -> list[Any]:
+    """Scores from names with commas between, or all."""
     from ..scores import RepresentationScore, resolve_scores
 
     names = text if text == "all" else [name.strip() for name in text.split(",") if name.strip()]

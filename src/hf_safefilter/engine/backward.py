@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class Targets:
     def slices(self) -> list[slice]:
         """Each row's part of the predictions."""
         ends = torch.tensor([0, *self.counts]).cumsum(0).tolist()
-        return [slice(start, end) for start, end in zip(ends[:-1], ends[1:], strict=True)]
+        return [slice(start, end) for start, end in pairwise(ends)]
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,9 @@ def checkpointing(model: Any) -> Iterator[None]:
 
 def inputs(batch: Batch, model: Any) -> dict[str, Any]:
     """Arguments of the model's forward for a micro-batch."""
-    # Without padding a mask says nothing, and attention is faster without one.
-    mask = None if bool(batch.attention_mask.all()) else batch.attention_mask
-    arguments = {"input_ids": batch.input_ids, "attention_mask": mask, "use_cache": False}
+    # No attention mask: padding stands on the right, where causal attention never looks, and what comes out at padding is not
+    # used. Attention is faster without one, and computes the same way whether a row is padded or not.
+    arguments = {"input_ids": batch.input_ids, "use_cache": False}
     if sum(isinstance(m, torch.nn.Embedding) for m in model.modules()) > 1:
         # Learned positions must be looked up for each row, or their gradients come summed over the batch.
         arguments["position_ids"] = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device).expand_as(

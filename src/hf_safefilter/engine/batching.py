@@ -23,10 +23,9 @@ def default_batch_tokens(device: torch.device, dtype: torch.dtype) -> int:
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded rows: `input_ids`, `attention_mask`, `labels`, each [batch, tokens]."""
+    """Right-padded rows: `input_ids`, `labels`, each [batch, tokens]."""
 
     input_ids: torch.Tensor
-    attention_mask: torch.Tensor
     labels: torch.Tensor
 
 
@@ -53,6 +52,5 @@ def collate(examples: Sequence[Example], device: str | torch.device) -> Batch:
     pad = lambda values, fill: values + [fill] * (width - len(values))  # noqa: E731
     return Batch(
         torch.tensor([pad(e.input_ids, 0) for e in examples], device=device),
-        torch.tensor([pad([1] * len(e.input_ids), 0) for e in examples], device=device),
         torch.tensor([pad(e.labels, IGNORE) for e in examples], device=device),
     )

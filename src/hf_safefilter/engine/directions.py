@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -40,6 +40,7 @@ class Directions:
     names: tuple[str, ...]
     parts: dict[str, Dense | Factored]
     energy: dict[str, float]
+    _squares: dict[str, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def zeros(cls, names: Sequence[str], parameters: dict[str, torch.nn.Parameter]) -> Directions:
@@ -51,8 +52,10 @@ class Directions:
         return cls(tuple(names), parts, dict.fromkeys(names, 1.0))
 
     def squared_norms(self) -> dict[str, torch.Tensor]:
-        """Squared norm of each parameter's part, [directions] float64."""
-        squares = {}
+        """Squared norm of each parameter's part, [directions] float64; once, when they are complete."""
+        squares = self._squares
+        if squares:
+            return squares
         for name, part in self.parts.items():
             # Factors have orthonormal columns, so that the core has the norm.
             values = part.values if isinstance(part, Dense) else part.core

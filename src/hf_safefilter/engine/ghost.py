@@ -77,8 +77,9 @@ def linear_squared_norm(gram_a: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
     return product.sum(dim=2).double().sum(dim=1)
 
 
-def embedding_squared_norm(ids: torch.Tensor, d: torch.Tensor, rows: int) -> torch.Tensor:
+def embedding_squared_norm(ids: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
     """[batch] float64: each looked-up entry gets the sum of its tokens' `d`."""
+    rows = int(ids.max()) + 1
     key = (ids + rows * torch.arange(len(ids), device=ids.device)[:, None]).flatten()
     entries, place = key.unique(return_inverse=True)
     g = torch.zeros(len(entries), d.shape[2], dtype=accumulator(d.dtype), device=d.device)

@@ -67,12 +67,14 @@ def layer_index(layer: float, depth: int) -> int:
     return int(index)
 
 
-class Stop(Exception):  # noqa: N818  # not an error: the pass has all it came for
-    """Ends a forward pass early."""
+class Stop(Exception):
+    """Ends a forward pass early: it has all that it came for."""
 
 
 @contextmanager
-def catching(model: Any, wanted: Iterable[Hidden], probes: Iterable[Probe], labels: torch.Tensor, *, stop: bool) -> Iterator[States]:
+def catching(
+    model: Any, wanted: Iterable[Hidden], probes: Iterable[Probe], labels: torch.Tensor, *, stop: bool
+) -> Iterator[States]:
     """Catch states of the forward pass that runs inside; with `stop` it ends, silently, at the last layer that is needed.
 
     Args:

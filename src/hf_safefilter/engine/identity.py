@@ -105,6 +105,21 @@ def module_source(module: torch.nn.Module) -> Source:
     return Source("loaded", type(module).__name__, digest.hexdigest())
 
 
+def weights_fingerprint(module: torch.nn.Module) -> str:
+    """A hash of a model's weights that is the same however they were loaded (Hub, folder, memory; float32 or 16 bits).
+
+    It looks at up to 4096 entries of each parameter, rounded to bfloat16: training moves some of them, a copy none.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    for name, p in sorted(module.named_parameters()):
+        entries = p.detach().flatten()[:: max(1, p.numel() // 4096)].to(torch.bfloat16).cpu()
+        digest.update(f"{name}{tuple(p.shape)}".encode())
+        digest.update(entries.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def tokenizer_source(tokenizer: Any) -> Source:
     """The identity of a loaded tokenizer: a hash of its vocabulary, rules, special tokens and chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)

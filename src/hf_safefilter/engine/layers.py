@@ -160,7 +160,7 @@ def _kind(module: nn.Module, parameters: set[str]) -> str | None:
     if isinstance(module, nn.Embedding):
         plain = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
         return "embedding" if plain else None
-    if type(module).__name__.endswith("Norm") and "weight" in parameters and module.weight.dim() == 1:
+    if type(module).__name__.endswith("Norm") and "weight" in parameters and module.get_parameter("weight").dim() == 1:
         return "norm"
     return None
 
@@ -169,13 +169,13 @@ def _kind(module: nn.Module, parameters: set[str]) -> str | None:
 _KNOWN = (nn.Linear, nn.Embedding, nn.LayerNorm)
 
 
-def _rule_holds(module: nn.Module, kind: str) -> bool:
+def _rule_holds(module: Any, kind: str) -> bool:
     """Whether the rule gives autograd's gradient for this module, in float32 on random input."""
     if type(module) in _KNOWN:
         return True
     if kind == "embedding":
         module = copy.copy(module)
-        module.padding_idx = None  # type: ignore[assignment]  # its entry has no gradient, whatever the rule
+        module.padding_idx = None  # its entry has no gradient, whatever the rule
     generator = torch.Generator().manual_seed(0)
     device = next(module.parameters()).device
     random = lambda *shape: torch.randn(*shape, generator=generator).to(device)  # noqa: E731

@@ -23,11 +23,10 @@ _DAMPING = 0.01
 def margin_directions(directions: Directions) -> None:
     """Make the margin's two directions in place.
 
-    On entry the one named `margin` is the mean gradient of the affirmative openings' loss and `margin_adam` that of the refusals'.
-    On return `margin` is the margin's gradient (a loss is a negative log-probability), and `margin_adam` the same times the
-    preconditioner `1 / sqrt(v)`, with v the mean of the two sides' squared gradients, for matrices factored into rows and columns
-    (Adafactor; Shazeer and Stern 2018, arXiv 1804.04235, section 3), scaled so that `1 / v` has the mean 1 in root mean square
-    over all entries: a constant that ranks do not depend on.
+    On entry `margin` is the mean gradient of the affirmative openings' loss and `margin_adam` that of the refusals'.
+    On return `margin` is the margin's gradient (a loss is a negative log-probability), and `margin_adam` the same times
+    `sqrt(mean v) / sqrt(v)`, with v the mean of the two sides' squared gradients, of matrices factored into rows and columns
+    (Adafactor; Shazeer and Stern 2018, arXiv 1804.04235, section 3) and damped.
     """
     first, second = directions.names.index(MARGIN), directions.names.index(MARGIN_ADAM)
     total, count = 0.0, 0

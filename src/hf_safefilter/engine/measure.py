@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ from .layers import Layer
 # One pass over memory costs about as much an entry as this many multiplications and additions in a matrix product.
 _PASS = 12
 # Entries of formed gradients at a time: what a processor's cache holds.
-_PIECE = 1 << 22
+_PIECE = 1 << 20
 
 
 class Visitor(ABC):
@@ -35,11 +36,11 @@ class Visitor(ABC):
     def __call__(self, layer: Layer, a: torch.Tensor, d: torch.Tensor) -> None:
         """Take a layer's input (or ids) and its output's gradient; see `backward.Visit`."""
         if layer.kind == "embedding":
-            padding = layer.module.padding_idx
+            padding: Any = layer.module.padding_idx
             # As autograd does: the padding entry gets no gradient, wherever it stands.
             d = d * layer.scale if padding is None else (d * layer.scale).masked_fill((a == padding)[:, :, None], 0)
             assert layer.weight is not None
-            self.lookup(layer.weight, a, d, layer)
+            self.lookup(layer.weight, a, d, tied=layer.tied)
             return
         parts = [(slice(i, i + 1), s) for i, s in enumerate(self.targets.slices())] if layer.head else []
         for rows, tokens in parts or [(self.every_row, slice(None))]:
@@ -64,7 +65,7 @@ class Visitor(ABC):
         """A vector's gradient [rows, features]."""
 
     @abstractmethod
-    def lookup(self, unit: str, ids: torch.Tensor, d: torch.Tensor, layer: Layer) -> None:
+    def lookup(self, unit: str, ids: torch.Tensor, d: torch.Tensor, *, tied: bool) -> None:
         """An embedding's entries `ids` [batch, tokens] and gradients `d` [batch, tokens, features]."""
 
     def head_at_ids(self, rows: slice, a: torch.Tensor, d: torch.Tensor) -> None:  # noqa: B027  # not all need it
@@ -98,6 +99,7 @@ class Measurement(Visitor):
             self.dots.setdefault(unit, dots.new_zeros(count, dots.shape[1]))[rows] += dots
 
     def matrix(self, unit: str, rows: slice, a: torch.Tensor, d: torch.Tensor) -> None:
+        """See `Visitor`."""
         part = None if self.directions is None else self.directions.parts[unit]
         tokens, out, columns = d.shape[1], d.shape[2], a.shape[2]
         dense = len(part.values) if isinstance(part, Dense) else 0
@@ -106,14 +108,14 @@ class Measurement(Visitor):
         without = 2 * tokens**2 * (out + (0 if shared else columns)) + dense * 2 * tokens * out * columns
         dots = None
         if formed <= without:
-            squares = 0
+            squares = torch.zeros(len(a), dtype=torch.float64, device=a.device)
             for piece, g in _pieces(a, d):
-                squares = squares + ghost.squared_norm(g)
+                squares += ghost.squared_norm(g)
                 if isinstance(part, Dense):
                     more = ghost.formed_dots(g, part.values[:, piece])
                     dots = more if dots is None else dots + more
         else:
-            if not shared:
+            if self._gram_of is None or not shared:
                 self._gram_of = (a, ghost.gram(a))
             squares = ghost.linear_squared_norm(self._gram_of[1], d)
             if isinstance(part, Dense):
@@ -123,19 +125,22 @@ class Measurement(Visitor):
         self._add(unit, rows, squares, dots)
 
     def vector(self, unit: str, rows: slice, g: torch.Tensor) -> None:
+        """See `Visitor`."""
         part = None if self.directions is None else self.directions.parts[unit]
         dots = ghost.formed_dots(g, part.values) if isinstance(part, Dense) else None
         self._add(unit, rows, ghost.squared_norm(g), dots)
 
     def head_at_ids(self, rows: slice, a: torch.Tensor, d: torch.Tensor) -> None:
+        """See `Visitor`."""
         ids = self.batch.input_ids
         if self._head_at_ids is None:
             self._head_at_ids = a.new_zeros(*ids.shape, a.shape[2])
         self._head_at_ids[rows] = ghost.tied_rows(ids[rows], a, d)
 
-    def lookup(self, unit: str, ids: torch.Tensor, d: torch.Tensor, layer: Layer) -> None:
-        squares = ghost.embedding_squared_norm(ids, d, layer.module.num_embeddings)
-        if layer.tied:
+    def lookup(self, unit: str, ids: torch.Tensor, d: torch.Tensor, *, tied: bool) -> None:
+        """See `Visitor`."""
+        squares = ghost.embedding_squared_norm(ids, d)
+        if tied:
             assert self._head_at_ids is not None
             squares = squares + 2 * ghost.token_dots(self._head_at_ids, d)
         dots = None
@@ -162,18 +167,16 @@ class Accumulation(Visitor):
         return part.values
 
     def matrix(self, unit: str, rows: slice, a: torch.Tensor, d: torch.Tensor) -> None:
+        """See `Visitor`."""
         values = self._values(unit)
         for piece, g in _pieces(a, d):
             values[:, piece].flatten(1).addmm_(self.weights[:, rows].to(g.dtype), g.flatten(1))
 
     def vector(self, unit: str, rows: slice, g: torch.Tensor) -> None:
+        """See `Visitor`."""
         self._values(unit).addmm_(self.weights[:, rows].to(g.dtype), g)
 
-    def lookup(self, unit: str, ids: torch.Tensor, d: torch.Tensor, layer: Layer) -> None:
-        for values, weight in zip(self._values(unit), self.weights.to(values_dtype(d)), strict=True):
+    def lookup(self, unit: str, ids: torch.Tensor, d: torch.Tensor, *, tied: bool) -> None:
+        """See `Visitor`."""
+        for values, weight in zip(self._values(unit), self.weights.to(ghost.accumulator(d.dtype)), strict=True):
             values.index_add_(0, ids.flatten(), (weight[:, None, None] * d).flatten(0, 1))
-
-
-def values_dtype(d: torch.Tensor) -> torch.dtype:
-    """The dtype that directions accumulate in."""
-    return ghost.accumulator(d.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -33,7 +32,7 @@ class Needs:
 
     `loss` is each row's cross-entropy; `gradient` its gradient's norm; `directions` also its inner products with the anchor
     sides' directions; `margin` also with those of the refusal margin. `anchor_tokens` is how many response tokens of an anchor
-    gradients are taken over. `harmless` asks for states of ordinary requests beside the anchors', `text` for the rows' responses.
+    gradients are taken over. `harmless` asks for states of ordinary requests beside the anchors', `text` for responses' text.
     """
 
     hidden: frozenset[Hidden] = frozenset()
@@ -50,7 +49,8 @@ class Needs:
         anchor_tokens = self.anchor_tokens if self.anchor_tokens is not None else other.anchor_tokens
         if other.anchor_tokens not in (None, anchor_tokens):
             raise EvaluationError(f"scores disagree on anchor_tokens: {anchor_tokens} and {other.anchor_tokens}")
-        either = {f: getattr(self, f) or getattr(other, f) for f in ("loss", "gradient", "directions", "margin", "harmless", "text")}
+        flags = ("loss", "gradient", "directions", "margin", "harmless", "text")
+        either = {flag: getattr(self, flag) or getattr(other, flag) for flag in flags}
         return Needs(self.hidden | other.hidden, self.probes | other.probes, anchor_tokens=anchor_tokens, **either)
 
 
@@ -241,8 +241,3 @@ class Engine:
 
     def _checkpointing(self) -> Any:
         return checkpointing(self.model) if self.gradient_checkpointing else nullcontext()
-
-
-def finite_norm(value: float) -> bool:
-    """Whether a norm can be divided by."""
-    return 0 < value < math.inf

@@ -20,8 +20,7 @@ from typing import ClassVar
 import torch
 
 from ..engine.passes import Needs, Reference, Signals
-from ..errors import InputError
-from .base import Score, safe_sides
+from .base import Score, check_count, safe_sides
 
 
 @dataclass(frozen=True)
@@ -36,18 +35,17 @@ class GradientScore(Score):
     """
 
     name: ClassVar[str] = "gradient"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     anchor_tokens: int = 10
 
     def __post_init__(self) -> None:
-        if not isinstance(self.anchor_tokens, int) or isinstance(self.anchor_tokens, bool) or self.anchor_tokens < 1:
-            raise InputError(f"anchor_tokens must be a whole number of at least 1, got {self.anchor_tokens!r}")
+        check_count("anchor_tokens", self.anchor_tokens)
 
     @property
     def needs(self) -> Needs:
         """The row's loss, gradient norm, and inner product with each side's direction."""
-        return Needs(gradient=True, anchor_tokens=self.anchor_tokens)
+        return Needs(loss=True, gradient=True, directions=True, anchor_tokens=self.anchor_tokens)
 
     def columns(self, sides: Sequence[str]) -> list[str]:
         """The two scores, the mean cosine to each side's anchors, the gradient's norm and the loss."""
@@ -56,13 +54,13 @@ class GradientScore(Score):
 
     def reduce(self, signals: Signals, reference: Reference) -> dict[str, torch.Tensor]:
         """Weighted sums of the cosines; a zero gradient has none and gives NaN."""
-        norm = signals.gradient_norm
-        cosine = {side: dots / norm for side, dots in signals.gradient_dots.items()}  # mean cosine to the side's anchors
-        safe = torch.stack([cosine[side] for side in safe_sides(list(cosine))])  # [safe sets, rows]
+        sides = [name for name in signals.dots if name == "harmful" or name in safe_sides([name])]
+        cosine = {side: signals.dots[side].sum(dim=1) / signals.norm for side in sides}  # mean cosine to the side's anchors
+        safe = torch.stack([cosine[side] for side in safe_sides(sides)])  # [safe sets, rows]
         return {
             "risk_gradient": cosine["harmful"] - safe.sum(dim=0),
             "risk_gradient_balanced": cosine["harmful"] - safe.mean(dim=0),
             **{f"gradient_cosine_{side}": values for side, values in cosine.items()},
-            "gradient_norm": norm,
+            "gradient_norm": signals.norm,
             "gradient_loss": signals.loss,
         }

@@ -6,10 +6,32 @@ from collections.abc import Iterable
 
 from ..errors import InputError
 from .base import Score
+from .baselines import BaselineScore
+from .compliance import ComplianceScore
 from .gradient import GradientScore
+from .gradient_modulewise import GradientModulewiseScore
+from .larf import LarfScore
+from .margin_step import MarginStepScore
+from .refusal_direction import RefusalDirectionScore
 from .representation import RepresentationScore
+from .self_influence import SelfInfluenceScore
+from .subspace import SubspaceScore
 
-SCORES: dict[str, type[Score]] = {cls.name: cls for cls in (GradientScore, RepresentationScore)}
+SCORES: dict[str, type[Score]] = {
+    cls.name: cls
+    for cls in (
+        BaselineScore,
+        ComplianceScore,
+        GradientScore,
+        GradientModulewiseScore,
+        LarfScore,
+        MarginStepScore,
+        RefusalDirectionScore,
+        RepresentationScore,
+        SelfInfluenceScore,
+        SubspaceScore,
+    )
+}
 
 
 def resolve_scores(scores: str | Score | Iterable[str | Score]) -> tuple[Score, ...]:
