@@ -102,8 +102,12 @@ def test_the_account_of_a_run(score, rows_file, tmp_path, anchors):
     assert account["options"] == {
         "device": None,
         "max_length": 1024,
+        "max_response_tokens": None,
         "target": "assistant",
         "batch_tokens": None,
+        "parameters": "all",
+        "direction_energy": 1.0,
+        "gradient_checkpointing": False,
         "columns": None,
     }
 

@@ -292,8 +292,8 @@ def test_the_padding_entry_has_no_gradient():
 
 def test_neighbours_of_a_row_that_overflows_keep_their_scores():
     model = tiny_model()
-    model.model.embed_tokens.weight.data[5] = 3e38  # overflows in the first layer
-    bad = Example([3, 5, 6, 8], [-100, -100, 6, 8])
+    model.model.embed_tokens.weight.data[450] = float("nan")
+    bad = Example([3, 450, 6, 8], [-100, -100, 6, 8])
     good = [Example([3, 9, 6, 8], [-100, -100, 6, 8]), Example([4, 2, 1], [-100, 2, 1])]
     alone, together = measured(model, good, batch_tokens=1), measured(model, [good[0], bad, good[1]])
     for a, b in zip(alone, together, strict=True):
@@ -303,12 +303,12 @@ def test_neighbours_of_a_row_that_overflows_keep_their_scores():
 
 @pytest.mark.parametrize("kind", ["llama", "llama_tied"])
 def test_factored_directions_lose_no_more_than_they_say(kind):
-    model = tiny_model(kind, hidden_size=64, intermediate_size=128)
+    model = tiny_model(kind, hidden_size=128, intermediate_size=256)
     exact = Engine(model).directions(SIDES, NEEDS)
-    small = exact.compress(0.8)
+    small = exact.compress(0.5)
     assert any(isinstance(part, Factored) for part in small.parts.values())
     size = lambda d: sum(t.numel() for part in d.parts.values() for t in vars(part).values())  # noqa: E731
-    assert size(small) < size(exact) / 2
+    assert size(small) < size(exact) / 1.4
     for k, name in enumerate(exact.names):
         lost = total = 0.0
         for unit, part in small.parts.items():
@@ -316,7 +316,7 @@ def test_factored_directions_lose_no_more_than_they_say(kind):
             lost += float((dense[k] - exact.parts[unit].values[k]).square().sum())
             total += float(exact.parts[unit].values[k].square().sum())
         assert small.energy[name] == pytest.approx(1 - lost / total, abs=1e-4)
-    assert np.mean(list(small.energy.values())) > 0.8
+    assert np.mean(list(small.energy.values())) > 0.5
     assert exact.compress(1.0) is exact
     # Measured with what is left, not with something else.
     engine = Engine(model)

@@ -42,7 +42,8 @@ def test_columns_and_types(scorer, rows):
     names = ["risk_gradient", "risk_gradient_balanced", *(f"gradient_cosine_{s}" for s in ("harmful", "safe_1", "safe_2"))]
     names += ["gradient_norm", "gradient_loss", "risk_representation", "risk_representation_balanced"]
     names += [f"representation_cosine_{s}" for s in ("harmful", "safe_1", "safe_2")]
-    assert scorer.result_columns == [*names, "target_tokens", "total_tokens", "risk_status"]
+    assert scorer.result_columns == [*names, "gradient_parameters", "target_tokens", "total_tokens", "risk_status"]
+    assert set(scored["gradient_parameters"]) == {"all"}
     assert scored.column_names == ["prompt", "completion", *scorer.result_columns]
     assert all(scored.features[n] == Value("float32") for n in names)
     assert scored.features["target_tokens"] == Value("int32")
@@ -216,7 +217,7 @@ def test_overflow_is_no_score_and_neighbours_keep_theirs(tokenizer, anchors, row
     with torch.no_grad():
         model.model.embed_tokens.weight[token] = float("inf")
     scored = Dataset.from_list([{"prompt": "Q", "completion": "x"}, rows[0]]).map(scorer, batched=True)
-    assert "risk_gradient is not finite" in scored["risk_status"][0]
+    assert "risk_representation_balanced are not finite" in scored["risk_status"][0]
     assert scored["risk_gradient"][0] is None
     assert scored["risk_representation"][0] is None
     assert scored["risk_status"][1] == "ok"
@@ -232,7 +233,7 @@ def test_zero_gradient_is_no_score_but_its_representation_is(anchors):
             weight[token, 0] = value
     scorer = SafetyRiskScorer(model, anchors, tokenizer=tokenizer)
     certain = scorer({"text": ["Z" * 9, "hello"]})
-    assert "risk_gradient is not finite (zero gradient" in certain["risk_status"][0]
+    assert "risk_gradient, risk_gradient_balanced are not finite (zero gradient" in certain["risk_status"][0]
     assert certain["risk_gradient"][0] is None
     assert certain["gradient_norm"][0] == 0
     assert math.isfinite(certain["risk_representation"][0])
@@ -350,7 +351,7 @@ def test_arguments_of_the_map_cache(scorer, rows, tmp_path):
 
 def test_prepare_makes_the_session_once(scorer, rows, monkeypatch):
     assert scorer.prepare() is scorer
-    monkeypatch.setattr("hf_safefilter.engine.passes.Engine.fit", lambda *a: pytest.fail("fitted again"))
+    monkeypatch.setattr("hf_safefilter.session.fit", lambda *a: pytest.fail("fitted again"))
     scorer(rows[0])
 
 
