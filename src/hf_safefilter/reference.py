@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 
 from .anchors import AnchorSet
 from .engine.directions import Directions
 from .engine.identity import tokenizer_source, weights_fingerprint
 from .engine.passes import Engine, Reference
 from .errors import InputError, first_line
-from .files import write_atomically
+from .files import replacing, write_atomically
 from .scores import Score
 
 TENSORS = "reference.safetensors"
@@ -103,7 +103,7 @@ class Description:
                 )
         path = self.folder / TENSORS
         try:
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            digest = _digest(path)
             tensors = load_file(path)
         except (OSError, SafetensorError) as error:
             raise InputError(f"cannot read {path}: {first_line(error)}") from None
@@ -135,7 +135,8 @@ def save_reference(
     tensors = {f"fitted/{s}/{name}": t for s, of_score in reference.fitted.items() for name, t in of_score.items()}
     if reference.directions is not None:
         tensors |= {f"directions/{name}": t for name, t in reference.directions.tensors().items()}
-    content = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+    with replacing(folder / TENSORS) as partial:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial)
     data = {
         "format": _FORMAT,
         "model": weights_fingerprint(engine.model),
@@ -145,8 +146,12 @@ def save_reference(
         "parameters": engine.parameters,
         "energy": engine.energy,
         "direction_energy": {} if reference.directions is None else reference.directions.energy,
-        "tensors_sha256": hashlib.sha256(content).hexdigest(),
+        "tensors_sha256": _digest(folder / TENSORS),
     }
-    write_atomically(folder / TENSORS, content)
     write_atomically(folder / DESCRIPTION, (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode())
     return folder
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -22,7 +22,7 @@ from .layers import Layer
 # One pass over memory costs about as much an entry as this many multiplications and additions in a matrix product.
 _PASS = 12
 # Entries of formed gradients at a time: what a processor's cache holds.
-_PIECE = 1 << 20
+_PIECE = 1 << 21
 
 
 class Visitor(ABC):
@@ -74,7 +74,7 @@ class Visitor(ABC):
 
 def _pieces(a: torch.Tensor, d: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     """`d' a` [rows, :, columns] in pieces of the matrix' rows."""
-    step = max(1, _PIECE // (len(a) * a.shape[2]))
+    step = max(128, _PIECE // (len(a) * a.shape[2]))  # thinner products waste more than cache misses do
     for start in range(0, d.shape[2], step):
         piece = slice(start, min(start + step, d.shape[2]))
         yield piece, ghost.linear_gradient(a, d[:, :, piece])
@@ -169,8 +169,11 @@ class Accumulation(Visitor):
     def matrix(self, unit: str, rows: slice, a: torch.Tensor, d: torch.Tensor) -> None:
         """See `Visitor`."""
         values = self._values(unit)
+        weights = self.weights[:, rows]
+        involved = weights.any(dim=1).nonzero().flatten().tolist()  # an anchor is on one side, and the others' are large
         for piece, g in _pieces(a, d):
-            values[:, piece].flatten(1).addmm_(self.weights[:, rows].to(g.dtype), g.flatten(1))
+            for k in involved:
+                values[k, piece].view(-1).addmv_(g.flatten(1).T, weights[k].to(g.dtype))
 
     def vector(self, unit: str, rows: slice, g: torch.Tensor) -> None:
         """See `Visitor`."""

@@ -25,6 +25,8 @@ Sides = Mapping[str, Sequence[Example]]
 # The extra side of anchors that are ordinary requests: states only.
 HARMLESS = "harmless"
 
+_ANCHOR_TOKENS = 1024
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -119,6 +121,8 @@ class Engine:
         self.model = model
         self.device = next(model.parameters()).device
         self.batch_tokens = batch_tokens or default_batch_tokens(self.device, trainable(model)[0].dtype)
+        # Anchors are fitted in the same micro-batches whatever rows are scored in, unless memory is short.
+        self._anchor_tokens = min(_ANCHOR_TOKENS, batch_tokens or _ANCHOR_TOKENS)
         self.parameters = check_parameters(parameters)
         self.gradient_checkpointing = gradient_checkpointing
         self.energy = energy
@@ -140,7 +144,8 @@ class Engine:
         Raises:
             EvaluationError: an anchor's hidden state is zero or not finite.
         """
-        found = {side: self.collect(examples, Needs(hidden), Reference()).hidden for side, examples in sides.items()}
+        needs, tokens = Needs(hidden), self._anchor_tokens
+        found = {side: self.collect(e, needs, Reference(), batch_tokens=tokens).hidden for side, e in sides.items()}
         for side, states in found.items():
             for state in states.values():
                 if bad := (~torch.isfinite(state).all(dim=1) | (state.norm(dim=1) == 0)).nonzero().flatten().tolist():
@@ -163,7 +168,8 @@ class Engine:
             EvaluationError: an anchor's gradient is zero or not finite.
         """
         short = {s: [e.first_targets(needs.anchor_tokens or len(e.labels)) for e in side] for s, side in sides.items()}
-        norms = {side: self.collect(e, Needs(gradient=True), Reference(), progress).norm for side, e in short.items()}
+        needed, tokens = Needs(gradient=True), self._anchor_tokens
+        norms = {side: self.collect(e, needed, Reference(), progress, tokens).norm for side, e in short.items()}
         for side, values in norms.items():
             if bad := (~torch.isfinite(values) | (values == 0)).nonzero().flatten().tolist():
                 norm = float(values[bad[0]])
@@ -181,7 +187,7 @@ class Engine:
         directions = Directions.zeros(names, dict(units(layers)))
         examples = [short[side][i] for side, i in rows]
         with frozen(self.model), self._checkpointing():
-            for group in progress(micro_batches([len(e.input_ids) for e in examples], self.batch_tokens)):
+            for group in progress(micro_batches([len(e.input_ids) for e in examples], tokens)):
                 batch = collate([examples[i] for i in group], self.device)
                 targets = Targets.of(batch.labels)
                 backward(
@@ -192,7 +198,14 @@ class Engine:
             margin_directions(directions)
         return directions.compress(self.energy)
 
-    def collect(self, examples: Sequence[Example], needs: Needs, reference: Reference, progress: Progress = iter) -> Signals:
+    def collect(
+        self,
+        examples: Sequence[Example],
+        needs: Needs,
+        reference: Reference,
+        progress: Progress = iter,
+        batch_tokens: int | None = None,
+    ) -> Signals:
         """Collect the signals of rows, in one pass over length-sorted micro-batches; `progress` wraps the iteration over them.
 
         States alone take a forward pass up to the last layer that is needed; losses a whole one, gradients also a backward.
@@ -200,7 +213,7 @@ class Engine:
         signals = Signals(tokens=torch.tensor([len(e.target_positions) for e in examples]))
         if not examples or not (needs.hidden or needs.probes or needs.loss or needs.gradient):
             return signals
-        groups = micro_batches([len(e.input_ids) for e in examples], self.batch_tokens)
+        groups = micro_batches([len(e.input_ids) for e in examples], batch_tokens or self.batch_tokens)
         layers = find_layers(self.model, self.parameters) if needs.gradient else []
         caught: list[States] = []
         losses: list[Losses] = []
