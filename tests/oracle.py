@@ -41,13 +41,19 @@ def first_labels(labels: list[int], count: int) -> list[int]:
     return kept
 
 
-def gradient_scores(model, row, sides: dict[str, list], anchor_tokens: int = 10) -> dict[str, float]:
-    """He et al. 2024: unit row gradient against each side's mean of unit anchor gradients (first 10 response tokens)."""
-    g = flat_gradient(model, row.input_ids, row.labels)
+def mean_units(model, sides: dict[str, list], anchor_tokens: int = 10) -> dict[str, torch.Tensor]:
+    """Each side's mean of unit anchor gradients (first response tokens)."""
     means = {}
     for side, anchors in sides.items():
         units = [flat_gradient(model, a.input_ids, first_labels(a.labels, anchor_tokens)) for a in anchors]
         means[side] = sum(u / u.norm() for u in units) / len(units)
+    return means
+
+
+def gradient_scores(model, row, sides: dict[str, list], anchor_tokens: int = 10, means=None) -> dict[str, float]:
+    """He et al. 2024: unit row gradient against each side's mean of unit anchor gradients (first 10 response tokens)."""
+    g = flat_gradient(model, row.input_ids, row.labels)
+    means = means or mean_units(model, sides, anchor_tokens)
     dots = {side: float(g / g.norm() @ m) for side, m in means.items()}
     safe = [d for side, d in dots.items() if side != "harmful"]
     return {

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
@@ -325,7 +324,7 @@ class SafetyRiskScorer:
             cells: list[float | None] = []
             for row, i in enumerate(index):
                 value = None if i is None else float(values[name][i])
-                if value is not None and not math.isfinite(value):
+                if value is not None and not abs(value) <= _LARGEST:
                     value = None
                     if name.startswith("risk_"):
                         not_finite.setdefault(row, []).append(name)
@@ -362,6 +361,10 @@ class SafetyRiskScorer:
         return (
             f"SafetyRiskScorer({self.spec.model.name!r}, scores=({names}), anchors={self.anchors!r}, dtype={self.spec.dtype})"
         )
+
+
+# Beyond this a float32 column would hold infinity.
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def _checked_energy(value: Any) -> float:

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     print(riskiest(scored, scorer, 10))
     print(f"\nWhat the riskiest {len(risky)} rows are, beside all {len(scored)}:\n")
     print(_kinds(risky, scored))
-    print(f"\nscored    {args.out / SCORED}   {len(scored)} rows, {', '.join(account['score_columns'])}")
+    print(f"\nscored    {args.out / SCORED}   {len(scored)} rows, {len(account['score_columns'])} scores")
     print(f"filtered  {args.out / FILTERED}   {len(clean)} rows, without the riskiest {FRACTION:.0%}")
     print(f"next      hf-safefilter score YOUR_DATA --model YOUR_MODEL --out scored   ({account['seconds']:.0f} s here)")
     return 0
