@@ -15,7 +15,7 @@ import torch
 from ..chat import IGNORE
 from ..errors import EvaluationError, InputError
 from .batching import Batch
-from .ghost import accumulator
+from .ghost import accumulator, widest
 from .layers import Layer, blocks
 
 # Called with a layer, its input (or the ids looked up) and its output's gradient. The head's are [1, predicting tokens, ...],
@@ -143,15 +143,15 @@ def forward(model: Any, batch: Batch, targets: Targets, *, gradients: bool) -> t
         count = len(targets.row)
         log_p = torch.log_softmax(logits[0], dim=1, dtype=accumulator(logits.dtype))  # [predictions, vocabulary]
         picked = torch.arange(count, device=log_p.device)
-        loss = -log_p[picked, targets.token].double()
+        loss = widest(-log_p[picked, targets.token])
         counts = torch.tensor(targets.counts, device=log_p.device)
-        mean = torch.zeros(len(counts), dtype=torch.float64, device=log_p.device).index_add_(0, targets.row, loss) / counts
+        mean = loss.new_zeros(len(counts)).index_add_(0, targets.row, loss) / counts
         first = loss[counts.cumsum(0) - counts]
         if not gradients:
             return logits, Losses(mean, first), None
         d = log_p.exp_()
         d[picked, targets.token] -= 1
-        d *= torch.cat([1 / counts[targets.row].double(), counts.new_zeros(extra, dtype=torch.float64)]).to(d.dtype)[:, None]
+        d *= torch.cat([1 / counts.to(loss.dtype)[targets.row], loss.new_zeros(extra)]).to(d.dtype)[:, None]
     return logits, Losses(mean, first), d.to(logits.dtype)[None]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .ghost import accumulator
+from .ghost import accumulator, widest
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Directions:
             # Factors have orthonormal columns, so that the core has the norm.
             values = part.values if isinstance(part, Dense) else part.core
             flat = values.flatten(1)
-            pieces = [torch.linalg.vector_norm(piece, dim=1).double().square() for piece in flat.split(1 << 14, dim=1)]
+            pieces = [widest(torch.linalg.vector_norm(piece, dim=1)).square() for piece in flat.split(1 << 14, dim=1)]
             squares[name] = torch.stack(pieces).sum(dim=0).cpu()
         return squares
 
@@ -125,13 +125,13 @@ def _basis(stack: torch.Tensor, lost: float, most: int) -> torch.Tensor | None:
 
     `None` if that takes more than `most` columns.
     """
-    total = float(stack.double().square().sum())
+    total = float(widest(stack.square().sum(dim=1)).sum())
     rank = min(64, *stack.shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         while True:
             _, s, v = torch.svd_lowrank(stack, q=rank, niter=2)
-            left_out = total - s.double().square().cumsum(0)  # [rank], after each column
+            left_out = total - widest(s).square().cumsum(0)  # [rank], after each column
             enough = (left_out <= lost).nonzero()
             if len(enough):
                 # Processors multiply matrices of such widths fastest, and what it adds is exactness.

@@ -23,6 +23,11 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def widest(x: torch.Tensor) -> torch.Tensor:
+    """In float64, to go on summing in; in float32 on Apple's devices, which have no float64."""
+    return x.float() if x.device.type == "mps" else x.double()
+
+
 # Formed gradients: G itself.
 
 
@@ -63,7 +68,7 @@ def squared_norm(g: torch.Tensor) -> torch.Tensor:
     """[batch] float64: of formed gradients [batch, ...]."""
     if g.dim() == 2:
         g = g[:, None]
-    return torch.linalg.vector_norm(g, dim=-1).double().square().flatten(1).sum(dim=1)
+    return widest(torch.linalg.vector_norm(g, dim=-1)).square().flatten(1).sum(dim=1)
 
 
 def gram(x: torch.Tensor) -> torch.Tensor:
@@ -74,7 +79,7 @@ def gram(x: torch.Tensor) -> torch.Tensor:
 def linear_squared_norm(gram_a: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
     """[batch] float64: `||G[b]||^2 = sum_{t,s} (a_t.a_s) (d_t.d_s)`, from the Gram matrix of `a`."""
     product = gram_a.to(accumulator(d.dtype)) * gram(d)
-    return product.sum(dim=2).double().sum(dim=1)
+    return widest(product.sum(dim=2)).sum(dim=1)
 
 
 def embedding_squared_norm(ids: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
@@ -84,8 +89,8 @@ def embedding_squared_norm(ids: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
     entries, place = key.unique(return_inverse=True)
     g = torch.zeros(len(entries), d.shape[2], dtype=accumulator(d.dtype), device=d.device)
     g.index_add_(0, place, d.flatten(0, 1).to(g.dtype))
-    squares = torch.linalg.vector_norm(g, dim=1).double().square()
-    return torch.zeros(len(ids), dtype=torch.float64, device=d.device).index_add_(0, entries // rows, squares)
+    squares = widest(torch.linalg.vector_norm(g, dim=1)).square()
+    return squares.new_zeros(len(ids)).index_add_(0, entries // rows, squares)
 
 
 def tied_rows(ids: torch.Tensor, a: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
@@ -99,7 +104,7 @@ def tied_rows(ids: torch.Tensor, a: torch.Tensor, d: torch.Tensor) -> torch.Tens
 
 def token_dots(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """[batch] float64: `sum_{t,f} x[b,t,f] y[b,t,f]`."""
-    return (x.to(accumulator(x.dtype)) * y).sum(dim=2).double().sum(dim=1)
+    return widest((x.to(accumulator(x.dtype)) * y).sum(dim=2)).sum(dim=1)
 
 
 # Inner products with dense directions.
@@ -114,7 +119,7 @@ def formed_dots(g: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
         g[:, :whole].unflatten(1, (-1, _CHUNK)).transpose(0, 1),
         directions[:, :whole].unflatten(1, (-1, _CHUNK)).permute(1, 2, 0),
     ) if whole else g.new_zeros(1, len(g), len(directions))  # fmt: skip
-    return chunks.double().sum(dim=0) + (g[:, whole:] @ directions[:, whole:].T).double()
+    return widest(chunks).sum(dim=0) + widest(g[:, whole:] @ directions[:, whole:].T)
 
 
 def linear_dots(a: torch.Tensor, d: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from .directions import Dense, Directions
+from .ghost import widest
 
 MARGIN = "margin"
 MARGIN_ADAM = "margin_adam"
@@ -34,7 +35,7 @@ def margin_directions(directions: Directions) -> None:
         assert isinstance(part, Dense)
         affirmative, refusal = part.values[first], part.values[second]
         v = (affirmative.square() + refusal.square()) / 2
-        total += float(v.sum(dtype=torch.float64))
+        total += float(widest(v.sum(dim=0)).sum())
         count += v.numel()
         margin = affirmative - refusal  # = -(mean gradient of log p(affirmative)) + that of log p(refusal)
         part.values[first] = margin

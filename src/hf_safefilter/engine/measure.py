@@ -108,7 +108,7 @@ class Measurement(Visitor):
         without = 2 * tokens**2 * (out + (0 if shared else columns)) + dense * 2 * tokens * out * columns
         dots = None
         if formed <= without:
-            squares = torch.zeros(len(a), dtype=torch.float64, device=a.device)
+            squares = ghost.widest(torch.zeros(len(a), device=a.device))
             for piece, g in _pieces(a, d):
                 squares += ghost.squared_norm(g)
                 if isinstance(part, Dense):

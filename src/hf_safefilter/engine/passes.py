@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from ..errors import EvaluationError
 from .backward import Losses, Targets, backward, checkpointing, forward, frozen, inputs
 from .batching import collate, default_batch_tokens, micro_batches
 from .directions import Directions
+from .ghost import accumulator
 from .hidden import Hidden, Probe, States, catching
-from .layers import check_parameters, find_layers, trainable, units
+from .layers import Layer, check_parameters, find_layers, trainable, units
 from .margin import MARGIN, MARGIN_ADAM, margin_directions
 from .measure import Accumulation, Measurement
 
@@ -133,6 +135,10 @@ class Engine:
         config = self.model.config.get_text_config()
         return getattr(config, "max_position_embeddings", None) or 2**31
 
+    @cached_property
+    def _layers(self) -> list[Layer]:
+        return find_layers(self.model, self.parameters)
+
     @property
     def depth(self) -> int:
         """The number of blocks."""
@@ -176,14 +182,14 @@ class Engine:
                 raise EvaluationError(f"anchor {side}[{bad[0]}] has a gradient of norm {norm}; try dtype='float32'")
         rows = [(side, i) for side, examples in short.items() for i in range(len(examples))]
         names = [*short, *((MARGIN, MARGIN_ADAM) if needs.margin else ())]
-        weights = torch.zeros(len(names), len(rows), dtype=torch.float64)
+        weights = torch.zeros(len(names), len(rows), dtype=accumulator(trainable(self.model)[0].dtype))
         for row, (side, i) in enumerate(rows):
             weights[names.index(side), row] = 1 / (norms[side][i] * len(short[side]))
             if needs.margin:
                 # Mean gradients of the two sides, of which the margin's directions are made below.
                 place, sets = (MARGIN, 1) if side == "harmful" else (MARGIN_ADAM, len(short) - 1)
                 weights[names.index(place), row] = 1 / (len(short[side]) * sets)
-        layers = find_layers(self.model, self.parameters)
+        layers = self._layers
         directions = Directions.zeros(names, dict(units(layers)))
         examples = [short[side][i] for side, i in rows]
         with frozen(self.model), self._checkpointing():
@@ -214,7 +220,7 @@ class Engine:
         if not examples or not (needs.hidden or needs.probes or needs.loss or needs.gradient):
             return signals
         groups = micro_batches([len(e.input_ids) for e in examples], batch_tokens or self.batch_tokens)
-        layers = find_layers(self.model, self.parameters) if needs.gradient else []
+        layers = self._layers if needs.gradient else []
         caught: list[States] = []
         losses: list[Losses] = []
         measured: list[Measurement] = []
