@@ -5,11 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
-from ..engine.hidden import Hidden
+from ..engine.hidden import Hidden, Pool
 from ..engine.passes import Needs, Reference, Signals
 from ..errors import InputError
 
@@ -57,6 +57,84 @@ class Score(ABC):
     def key(self) -> dict[str, Any]:
         """Name, version and options."""
         return {"name": self.name, "version": self.version, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class AnchorGradientScore(Score):
+    """A score that compares gradients with anchors'.
+
+    Args:
+        anchor_tokens: how many response tokens of each anchor its gradient is taken over.
+
+    Raises:
+        InputError: an `anchor_tokens` under 1.
+    """
+
+    anchor_tokens: int = 10
+
+    def __post_init__(self) -> None:
+        check_count("anchor_tokens", self.anchor_tokens)
+
+
+@dataclass(frozen=True)
+class ShiftScore(Score):
+    """A score of how the state moves from the prompt's end to the response, along a direction at one layer.
+
+    Args:
+        layer: `"fisher"` (the one where the anchors' groups differ most clearly, found when they are fitted), an index of
+            `hidden_states`, or a share of the depth.
+
+    Raises:
+        InputError: not a layer.
+    """
+
+    # The anchors' states that the direction is made of, and the sides they are set against.
+    anchor_pool: ClassVar[Pool]
+
+    layer: float | Literal["fisher"] = "fisher"
+
+    def __post_init__(self) -> None:
+        if self.layer != "fisher":
+            check_layer(self.layer)
+
+    @abstractmethod
+    def against(self, sides: Sequence[str]) -> list[str]:
+        """The sides that the harmful one is set against."""
+
+    @property
+    def needs(self) -> Needs:
+        """States of the prompt's end and of the response; which layer's may be known only when the anchors are fitted."""
+        return Needs() if self.layer == "fisher" else self._at(self.layer)
+
+    def _at(self, layer: float) -> Needs:
+        return Needs(hidden=frozenset({Hidden(layer, "mean"), Hidden(layer, "prompt")}))
+
+    def anchor_states(self, depth: int) -> frozenset[Hidden]:
+        """States at every layer where one is to be chosen."""
+        layers = range(1, max(depth, 2)) if self.layer == "fisher" else [self.layer]
+        return frozenset(Hidden(layer, self.anchor_pool) for layer in layers)
+
+    def fit(self, states: States, depth: int) -> dict[str, torch.Tensor]:
+        """The layer, and the unit vector from the other sides' mean state to the harmful side's."""
+
+        def groups(h: Hidden) -> tuple[torch.Tensor, torch.Tensor]:
+            return states["harmful"][h], torch.cat([states[side][h] for side in self.against(list(states))])
+
+        wanted = sorted(self.anchor_states(depth), key=lambda h: h.layer)
+        best = max(wanted, key=lambda h: fisher_ratio(*groups(h)))
+        harmful, others = groups(best)
+        return {"layer": torch.tensor(float(best.layer)), "direction": unit(harmful.mean(dim=0) - others.mean(dim=0))}
+
+    def row_needs(self, fitted: Fitted) -> Needs:
+        """States at the fitted layer."""
+        return self._at(float(fitted["layer"]))
+
+    def along(self, signals: Signals, reference: Reference) -> tuple[torch.Tensor, torch.Tensor]:
+        """Projections [rows] of the state at the prompt's end, and of the mean over the response."""
+        fitted = reference.fitted[self.name]
+        layer = float(fitted["layer"])
+        prompt, response = (signals.hidden[Hidden(layer, pool)] @ fitted["direction"] for pool in ("prompt", "mean"))
+        return prompt, response
 
 
 def safe_sides(sides: Sequence[str]) -> list[str]:

@@ -20,27 +20,15 @@ from typing import ClassVar
 import torch
 
 from ..engine.passes import Needs, Reference, Signals
-from .base import Score, check_count, safe_sides
+from .base import AnchorGradientScore, safe_sides
 
 
 @dataclass(frozen=True)
-class GradientScore(Score):
-    """`risk_gradient` and `risk_gradient_balanced`.
-
-    Args:
-        anchor_tokens: how many response tokens of each anchor its gradient is taken over.
-
-    Raises:
-        InputError: an `anchor_tokens` under 1.
-    """
+class GradientScore(AnchorGradientScore):
+    """`risk_gradient` and `risk_gradient_balanced`."""
 
     name: ClassVar[str] = "gradient"
     version: ClassVar[int] = 2
-
-    anchor_tokens: int = 10
-
-    def __post_init__(self) -> None:
-        check_count("anchor_tokens", self.anchor_tokens)
 
     @property
     def needs(self) -> Needs:

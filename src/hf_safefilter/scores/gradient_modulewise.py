@@ -16,27 +16,15 @@ from typing import ClassVar
 import torch
 
 from ..engine.passes import Needs, Reference, Signals
-from .base import Score, check_count, safe_sides
+from .base import AnchorGradientScore, safe_sides
 
 
 @dataclass(frozen=True)
-class GradientModulewiseScore(Score):
-    """`risk_gradient_modulewise`.
-
-    Args:
-        anchor_tokens: as in `GradientScore`.
-
-    Raises:
-        InputError: an `anchor_tokens` under 1.
-    """
+class GradientModulewiseScore(AnchorGradientScore):
+    """`risk_gradient_modulewise`."""
 
     name: ClassVar[str] = "gradient_modulewise"
     version: ClassVar[int] = 1
-
-    anchor_tokens: int = 10
-
-    def __post_init__(self) -> None:
-        check_count("anchor_tokens", self.anchor_tokens)
 
     @property
     def needs(self) -> Needs:

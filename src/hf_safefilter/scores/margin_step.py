@@ -22,27 +22,15 @@ import torch
 
 from ..engine.margin import MARGIN, MARGIN_ADAM
 from ..engine.passes import Needs, Reference, Signals
-from .base import Score, check_count
+from .base import AnchorGradientScore
 
 
 @dataclass(frozen=True)
-class MarginStepScore(Score):
-    """`risk_margin_step`, `risk_margin_step_sum`, `risk_margin_step_adam`, `risk_margin_step_adam_sum`.
-
-    Args:
-        anchor_tokens: how many tokens of each opening the margin is taken over.
-
-    Raises:
-        InputError: an `anchor_tokens` under 1.
-    """
+class MarginStepScore(AnchorGradientScore):
+    """`risk_margin_step`, `risk_margin_step_sum`, `risk_margin_step_adam`, `risk_margin_step_adam_sum`."""
 
     name: ClassVar[str] = "margin_step"
     version: ClassVar[int] = 1
-
-    anchor_tokens: int = 10
-
-    def __post_init__(self) -> None:
-        check_count("anchor_tokens", self.anchor_tokens)
 
     @property
     def needs(self) -> Needs:

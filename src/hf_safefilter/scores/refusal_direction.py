@@ -15,71 +15,38 @@ more.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
-from ..engine.hidden import Hidden
+from ..engine.hidden import Pool
 from ..engine.passes import HARMLESS, Needs, Reference, Signals
-from .base import Fitted, Score, States, check_layer, fisher_ratio, unit
+from .base import ShiftScore
 
 
 @dataclass(frozen=True)
-class RefusalDirectionScore(Score):
-    """`risk_refusal_direction` and `risk_refusal_direction_shift`.
-
-    Args:
-        layer: `"fisher"` (chosen among all layers when the anchors are fitted), an index of `hidden_states`, or a share of the
-            depth.
-
-    Raises:
-        InputError: not a layer.
-    """
+class RefusalDirectionScore(ShiftScore):
+    """`risk_refusal_direction` and `risk_refusal_direction_shift`."""
 
     name: ClassVar[str] = "refusal_direction"
     version: ClassVar[int] = 1
+    anchor_pool: ClassVar[Pool] = "prompt"
 
-    layer: float | Literal["fisher"] = "fisher"
-
-    def __post_init__(self) -> None:
-        if self.layer != "fisher":
-            check_layer(self.layer)
+    def against(self, sides: Sequence[str]) -> list[str]:
+        """Ordinary requests."""
+        return [HARMLESS]
 
     @property
     def needs(self) -> Needs:
-        """States of the prompt's end and of the response; which layer's is known when the anchors are fitted."""
-        return Needs(harmless=True) | (Needs() if self.layer == "fisher" else self._at(self.layer))
-
-    def _at(self, layer: float) -> Needs:
-        return Needs(hidden=frozenset({Hidden(layer, "mean"), Hidden(layer, "prompt")}))
+        """As every shift, and ordinary requests beside the anchors."""
+        return replace(super().needs, harmless=True)
 
     def columns(self, sides: Sequence[str]) -> list[str]:
         """The two scores."""
         return ["risk_refusal_direction", "risk_refusal_direction_shift"]
 
-    def anchor_states(self, depth: int) -> frozenset[Hidden]:
-        """States at the prompt's end, at every layer where one is to be chosen."""
-        layers = range(1, max(depth, 2)) if self.layer == "fisher" else [self.layer]
-        return frozenset(Hidden(layer, "prompt") for layer in layers)
-
-    def fit(self, states: States, depth: int) -> dict[str, torch.Tensor]:
-        """The layer and the unit vector r."""
-        wanted = sorted(self.anchor_states(depth), key=lambda h: h.layer)
-        best = max(wanted, key=lambda h: fisher_ratio(states["harmful"][h], states[HARMLESS][h]))
-        difference = states["harmful"][best].mean(dim=0) - states[HARMLESS][best].mean(dim=0)
-        return {"layer": torch.tensor(float(best.layer)), "direction": unit(difference)}
-
-    def row_needs(self, fitted: Fitted) -> Needs:
-        """States at the fitted layer."""
-        return self._at(float(fitted["layer"]))
-
     def reduce(self, signals: Signals, reference: Reference) -> dict[str, torch.Tensor]:
         """Projections on r."""
-        fitted = reference.fitted[self.name]
-        layer = float(fitted["layer"])
-        prompt, response = signals.hidden[Hidden(layer, "prompt")], signals.hidden[Hidden(layer, "mean")]
-        return {
-            "risk_refusal_direction": prompt @ fitted["direction"],
-            "risk_refusal_direction_shift": (prompt - response) @ fitted["direction"],
-        }
+        prompt, response = self.along(signals, reference)
+        return {"risk_refusal_direction": prompt, "risk_refusal_direction_shift": prompt - response}
