@@ -31,9 +31,9 @@ def ranks(values: np.ndarray) -> np.ndarray:
 
 
 def spearman(values: np.ndarray) -> np.ndarray:
-    """[columns, columns]; 0 where a column is constant."""
+    """[columns, columns]; NaN where a column is constant."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.nan_to_num(np.corrcoef(ranks(values)))
+        return np.corrcoef(ranks(values))
 
 
 def explained(values: np.ndarray, by: np.ndarray) -> float:
@@ -57,16 +57,17 @@ def report(path: str, names: list[str], values: np.ndarray, samples: int) -> Non
     rng = np.random.default_rng(0)
     rows = values.shape[1]
     draws = np.stack([spearman(values[:, rng.integers(rows, size=rows)]) for _ in range(samples)])
-    low, high = np.quantile(draws, [0.025, 0.975], axis=0)
+    low, high = np.nanquantile(draws, [0.025, 0.975], axis=0)
     found = spearman(values)
+    baselines = [j for j in baselines if np.isfinite(found[j, j])]  # not those that are the same for all rows
     lines = []
     for i, name in enumerate(names):
-        if i not in baselines:
+        if not name.startswith("risk_baseline_"):
             line = {"score": name.removeprefix("risk_")}
             for j in baselines:
                 short = names[j].removeprefix("risk_baseline_").replace("_", " ")
                 line[short] = f"{found[i, j]:+.2f} ({low[i, j]:+.2f} to {high[i, j]:+.2f})"
-            lines.append(line | {"all five, R²": f"{explained(values[i], values[baselines]):.2f}"})
+            lines.append(line | {"all of them, R²": f"{explained(values[i], values[baselines]):.2f}"})
     print(f"\n{path}: {rows} rows, {samples} bootstrap samples\n")
     print(table(lines, list(lines[0])))
 
@@ -87,6 +88,8 @@ def draw(sets: list[tuple[str, list[str], np.ndarray]], figure: Path) -> None:
         axis.set_title(f"{title} ({values.shape[1]} rows)", fontsize=10)
         for i in range(count):
             for j in range(count):
+                if np.isnan(found[i, j]):
+                    continue  # one of the two is the same for all rows
                 colour = "white" if abs(found[i, j]) > 0.6 else "black"
                 axis.text(j, i, f"{100 * found[i, j]:.0f}", ha="center", va="center", fontsize=6, color=colour)
     picture.colorbar(image, ax=axes, shrink=0.6, label="Spearman correlation (in the cells, times 100)")

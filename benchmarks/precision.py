@@ -35,7 +35,7 @@ def main() -> None:
     print(f"{n} rows, {sum(reference['total_tokens'][:n])} tokens\n")
     print("| column | largest move | median move | spread (std) | Spearman (95%) | of the top 10 |")
     print("| --- | --- | --- | --- | --- | --- |")
-    for column in score_columns(reference):
+    for column in [c for c in score_columns(reference) if c in other.column_names]:
         x, y = np.array(reference[column][:n], float), np.array(other[column][:n], float)
         moved = np.abs(x - y)
         low, high = np.percentile([spearman(x[i], y[i]) for i in samples], [2.5, 97.5])

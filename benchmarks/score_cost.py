@@ -192,7 +192,7 @@ def main() -> None:
     rival = bergson(bench, args.bergson) if args.bergson else None  # first: nothing but the model is in memory yet
     passes: dict[str, Any] = {"training step": bench.training_step}
     reference: dict[str, float] = {}
-    wanted = args.passes.split(",") if args.passes else [*SETS, "all, factored"]
+    wanted = args.passes.split(",") if args.passes else [*SETS, "all-factored"]
 
     def add(name: str, scores: Any, **options: Any) -> None:
         passes[name], session = bench.collect(scores, **options)
@@ -204,7 +204,7 @@ def main() -> None:
     for name in wanted:
         if name == "forward only":
             passes[name] = bench.forward
-        elif name == "all, factored":
+        elif name == "all-factored":
             add(f"all, factored at {args.energy:g}", "all", direction_energy=args.energy)
         else:
             add(name, SETS[name])
