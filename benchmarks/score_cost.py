@@ -56,9 +56,8 @@ class Bench:
         self.batches = [[self.examples[i] for i in group] for group in self.groups]
 
     def scorer(self, scores: Any, **options: Any) -> SafetyRiskScorer:
-        return SafetyRiskScorer(
-            self.model, self.anchors, scores, tokenizer=self.tokenizer, batch_tokens=self.args.batch_tokens, **options
-        )
+        options = {"direction_energy": 1.0, "batch_tokens": self.args.batch_tokens, **options}
+        return SafetyRiskScorer(self.model, self.anchors, scores, tokenizer=self.tokenizer, **options)
 
     def collect(self, scores: Any, tokens: int | None = None, **options: Any):
         """Our pass for these scores, with its anchors fitted."""

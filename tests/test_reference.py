@@ -154,6 +154,12 @@ def test_factored_directions_are_small_on_disk_and_close(anchors, rows, model, t
     assert np.abs(values[0.5] - values[1.0]).max() < values[1.0].std()
 
 
+def test_the_default_is_exact_but_in_16_bits(model_folder, anchors):
+    energy = {d: SafetyRiskScorer(str(model_folder), anchors, dtype=d).direction_energy for d in ("float32", "bfloat16")}
+    assert energy == {"float32": 1.0, "bfloat16": 0.9}
+    assert SafetyRiskScorer(str(model_folder), anchors, dtype="bfloat16", direction_energy=1).direction_energy == 1
+
+
 def test_scoring_the_opening_only(model, tokenizer, anchors, rows):
     """`max_response_tokens=n` is scoring rows that end there."""
     scorer = SafetyRiskScorer(model, anchors, SCORES, tokenizer=tokenizer, max_response_tokens=3)
