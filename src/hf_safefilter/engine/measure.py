@@ -104,7 +104,9 @@ class Measurement(Visitor):
         tokens, out, columns = d.shape[1], d.shape[2], a.shape[2]
         dense = len(part.values) if isinstance(part, Dense) else 0
         formed = 2 * tokens * out * columns + _PASS * (1 + dense) * out * columns
-        shared = self._gram_of is not None and self._gram_of[0] is a
+        # q, k and v read one input. Views of it differ as objects; the one held keeps its memory from being reused.
+        held = None if self._gram_of is None else self._gram_of[0]
+        shared = held is not None and (held.data_ptr(), held.shape, held.stride()) == (a.data_ptr(), a.shape, a.stride())
         without = 2 * tokens**2 * (out + (0 if shared else columns)) + dense * 2 * tokens * out * columns
         dots = None
         if formed <= without:
