@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +72,11 @@ def _with_larf_layer(args: argparse.Namespace, scores: list[Any]) -> tuple[list[
             raise InputError(f"--larf-layer must be a layer or search, got {args.larf_layer!r}") from None
     if not 1 <= args.larf_prompts <= 64:
         raise InputError(f"--larf-prompts must be between 1 and 64, got {args.larf_prompts}")
+    from ..refusal.prompts import monitor_prompts
     from ..scores.larf_layer import find_larf_layer
     from ..session import progress
 
-    text = (resources.files("hf_safefilter") / "assets" / "monitor_benign.jsonl").read_text("utf-8")
-    prompts = [json.loads(line)["prompt"] for line in text.splitlines()][: args.larf_prompts]
+    prompts = [prompt["prompt"] for prompt in monitor_prompts("benign")][: args.larf_prompts]
     loaded = build_scorer(args, [RepresentationScore()])._session(None)
     search = find_larf_layer(loaded.engine.model, loaded.encoder, prompts, progress=progress("Scaling blocks"))
     if not args.json:
