@@ -24,7 +24,7 @@ from .anchors import AnchorSet
 from .chat import ChatEncoder, Example, Target, check_options
 from .engine.identity import Source, module_source, module_stamp, resolve, tokenizer_source
 from .engine.layers import check_parameters, trainable
-from .engine.loading import ModelSpec, check_lm_head, register, resolve_dtype
+from .engine.loading import ModelSpec, check_lm_head, named_spec, register, resolve_dtype
 from .engine.passes import Needs
 from .errors import InputError, UnscorableRow
 from .formats import check_columns
@@ -144,7 +144,15 @@ class SafetyRiskScorer:
         self._kept_tokenizer: Any = None
         tokenizer_from = self._tokenizer(tokenizer)
         if isinstance(model, str | Path):
-            self.spec = self._named_model(str(model), tokenizer_from, revision, adapter, gguf_file, dtype)
+            self.spec = named_spec(
+                str(model),
+                tokenizer_from,
+                revision=revision,
+                adapter=adapter,
+                gguf_file=gguf_file,
+                dtype=dtype,
+                device=self.device,
+            )
         else:
             self.spec = self._loaded_model(model, tokenizer_from, revision, adapter, gguf_file, dtype)
         in_16_bits = self.spec.dtype in ("bfloat16", "float16")
@@ -158,21 +166,6 @@ class SafetyRiskScorer:
         ChatEncoder(tokenizer, self.max_length, self.target)  # refuses a tokenizer that cannot be used
         self._kept_tokenizer = tokenizer
         return register(tokenizer_source(tokenizer), tokenizer)
-
-    def _named_model(
-        self,
-        model: str,
-        tokenizer: Source | None,
-        revision: str | None,
-        adapter: str | Path | None,
-        gguf_file: str | None,
-        dtype: str | torch.dtype,
-    ) -> ModelSpec:
-        if gguf_file is None and model.endswith(".gguf") and Path(model).is_file():
-            model, gguf_file = str(Path(model).parent), Path(model).name
-        source = resolve(model, what="model", probe="config.json", revision=revision, file=gguf_file)
-        adapter_from = None if adapter is None else resolve(adapter, what="adapter", probe="adapter_config.json")
-        return ModelSpec(source, tokenizer or source, resolve_dtype(dtype, self.device), gguf_file, adapter_from)
 
     def _loaded_model(
         self,

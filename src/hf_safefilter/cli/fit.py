@@ -72,8 +72,8 @@ def _with_larf_layer(args: argparse.Namespace, scores: list[Any]) -> tuple[list[
             raise InputError(f"--larf-layer must be a layer or search, got {args.larf_layer!r}") from None
     if not 1 <= args.larf_prompts <= 64:
         raise InputError(f"--larf-prompts must be between 1 and 64, got {args.larf_prompts}")
+    from ..refusal.larf_layer import find_larf_layer
     from ..refusal.prompts import monitor_prompts
-    from ..scores.larf_layer import find_larf_layer
     from ..session import progress
 
     prompts = [prompt["prompt"] for prompt in monitor_prompts("benign")][: args.larf_prompts]

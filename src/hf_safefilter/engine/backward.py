@@ -62,18 +62,27 @@ class Losses:
 
 
 @contextmanager
-def frozen(model: Any) -> Iterator[None]:
-    """Evaluation mode and no gradients for any parameter; what the user had set comes back afterwards."""
+def evaluation_mode(model: Any) -> Iterator[None]:
+    """Evaluation mode; each module's own mode comes back afterwards."""
     training = [(module, module.training) for module in model.modules()]
-    required = [(p, p.requires_grad) for p in model.parameters()]
     try:
         model.eval()
-        for p, _ in required:
-            p.requires_grad_(False)
         yield
     finally:
         for module, was_training in training:
             module.training = was_training
+
+
+@contextmanager
+def frozen(model: Any) -> Iterator[None]:
+    """Evaluation mode and no gradients for any parameter; what the user had set comes back afterwards."""
+    required = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        with evaluation_mode(model):
+            for p, _ in required:
+                p.requires_grad_(False)
+            yield
+    finally:
         for p, was_required in required:
             p.requires_grad_(was_required)
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from ..errors import InputError, first_line
-from .identity import Source, module_stamp
+from .identity import Source, module_stamp, resolve
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -41,6 +41,28 @@ class ModelSpec:
         """The inverse of `dataclasses.asdict`."""
         sources = {name: data[name] and Source(**data[name]) for name in ("model", "tokenizer", "adapter")}
         return cls(**{**data, **sources})
+
+
+def named_spec(
+    model: str,
+    tokenizer: Source | None = None,
+    *,
+    revision: str | None = None,
+    adapter: str | Path | None = None,
+    gguf_file: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | None = None,
+) -> ModelSpec:
+    """What to load for a model named by a Hub id, a folder or the path of a `.gguf` file; the tokenizer is its own by default.
+
+    Raises:
+        InputError: nothing of that name, or an unknown dtype.
+    """
+    if gguf_file is None and model.endswith(".gguf") and Path(model).is_file():
+        model, gguf_file = str(Path(model).parent), Path(model).name
+    source = resolve(model, what="model", probe="config.json", revision=revision, file=gguf_file)
+    adapter_from = None if adapter is None else resolve(adapter, what="adapter", probe="adapter_config.json")
+    return ModelSpec(source, tokenizer or source, resolve_dtype(dtype, device), gguf_file, adapter_from)
 
 
 def register(source: Source, loaded: Any, stamp: Any = None) -> Source:
@@ -105,7 +127,7 @@ def load(spec: ModelSpec, device: str) -> tuple[Any, Any]:
     Raises:
         InputError: not a causal language model, damaged or incomplete weights, an adapter that does not fit.
     """
-    tokenizer = _load_tokenizer(spec)
+    tokenizer = load_tokenizer(spec)
     if spec.model.kind == "loaded":
         return registered(spec.model), tokenizer
     model = _load_model(spec)
@@ -127,7 +149,12 @@ def _from(source: Source) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": source.name, "trust_remote_code": False, **pinned}
 
 
-def _load_tokenizer(spec: ModelSpec) -> Any:
+def load_tokenizer(spec: ModelSpec) -> Any:
+    """The tokenizer alone.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
     from transformers import AutoTokenizer
 
     if spec.tokenizer.kind == "loaded":

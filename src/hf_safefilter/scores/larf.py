@@ -4,7 +4,7 @@ Li et al. 2025 (arXiv 2507.18631): the state h at the row's last token after one
 anchors minus that to safe ones. With unit vectors that is one inner product: `risk_larf = h/|h| . (mean unit harmful - mean
 unit safe)`.
 
-Their layer is the one whose scaled weights change refusals most (`larf_layer.find_larf_layer`): layer 10 of Llama-3.1's 32.
+Their layer is the one whose scaled weights change refusals most (`refusal.larf_layer`): layer 10 of Llama-3.1's 32.
 Without that search the default is the same share of the depth. The layer is an index of `hidden_states`: the output of block l
 counted from 1, as in their code, where the scaled block with index l, from 0, is the one that reads it.
 """

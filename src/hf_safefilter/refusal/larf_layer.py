@@ -21,12 +21,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..chat import ChatEncoder
-from ..engine.backward import frozen
 from ..engine.layers import blocks
 from ..errors import EvaluationError, InputError
-
-# What their code takes for a refusal, anywhere in the answer, in lower case.
-REFUSAL_MARKS = ("can not", "cannot", "can't", "can’t", "sorry")
+from .generation import generate
+from .judges import KeywordJudge
+from .prompts import load_prompts, prompt_ids
 
 
 @dataclass(frozen=True)
@@ -75,14 +74,16 @@ def find_larf_layer(
         raise InputError("the layer search needs prompts: harmless requests that look harmful")
     if not changes or not all(0 < a < 1 for a in changes):
         raise InputError(f"changes must be between 0 and 1, got {changes!r}")
+    judge = KeywordJudge("larf2025", ignore_case=True)
+    ids = [prompt_ids(encoder, p, f"prompt {i}", 2**31) for i, p in enumerate(load_prompts(prompts, "benign"))]
     refusals: list[dict[float, int]] = []
-    with frozen(model):
-        for block in progress(list(blocks(model))):
-            counts = {}
-            for factor in sorted({f for a in changes for f in (1 - a, 1 + a)}):
-                with _scaled(block, factor):
-                    counts[factor] = sum(map(_refuses, _answers(model, encoder, prompts, max_new_tokens, batch_size)))
-            refusals.append(counts)
+    for block in progress(list(blocks(model))):
+        counts = {}
+        for factor in sorted({f for a in changes for f in (1 - a, 1 + a)}):
+            with _scaled(block, factor):
+                answers = generate(model, encoder.tokenizer, ids, max_new_tokens=max_new_tokens, batch_size=batch_size)
+            counts[factor] = sum(judge.refuses(answer.text) for answer in answers)
+        refusals.append(counts)
     sensitivity = [sum(c[1 + a] - c[1 - a] for a in changes) / len(changes) for c in refusals]
     if len(set(sensitivity)) == 1 and len(sensitivity) > 1:
         raise EvaluationError(
@@ -106,25 +107,3 @@ def _scaled(block: nn.Module, factor: float) -> Iterator[None]:
         with torch.no_grad():
             for w, before in zip(weights, kept, strict=True):
                 w.copy_(before)
-
-
-@torch.no_grad()
-def _answers(model: Any, encoder: ChatEncoder, prompts: Sequence[str], max_new_tokens: int, batch_size: int) -> Iterator[str]:
-    tokenizer = encoder.tokenizer
-    device = next(model.parameters()).device
-    texts = [encoder.render([{"role": "user", "content": prompt}], add_generation_prompt=True) for prompt in prompts]
-    for start in range(0, len(texts), batch_size):
-        ids = tokenizer(texts[start : start + batch_size], add_special_tokens=False)["input_ids"]
-        width = max(map(len, ids))
-        # On the left: generation goes on from the right end.
-        padded = torch.tensor([[0] * (width - len(row)) + row for row in ids], device=device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=device)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        out = model.generate(
-            input_ids=padded, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad
-        )
-        yield from tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-
-
-def _refuses(answer: str) -> bool:
-    return any(mark in answer.lower() for mark in REFUSAL_MARKS)
