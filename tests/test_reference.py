@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from hf_safefilter import SafetyRiskScorer, cli
 from hf_safefilter.chat import ChatEncoder
 from hf_safefilter.errors import EvaluationError, InputError
-from hf_safefilter.scores import GradientScore, LarfScore
-from hf_safefilter.scores.larf_layer import find_larf_layer
+from hf_safefilter.refusal.generation import Answer
+from hf_safefilter.refusal.larf_layer import find_larf_layer
+from hf_safefilter.scores import GradientScore
 from hf_safefilter.testing import tiny_model, tiny_tokenizer
 
 SCORES = ("gradient", "representation", "margin_step", "larf", "compliance", "subspace", "refusal_direction")
@@ -255,13 +256,14 @@ def test_searching_the_larf_layer(tmp_path, model, tokenizer, model_folder, caps
     weight = model.model.layers[1].mlp.up_proj.weight
     start = float(weight.detach().norm())
 
-    def answers(model, encoder, prompts, max_new_tokens, batch_size):
+    def answers(model, tokenizer, prompts, **options):
         factor = float(weight.detach().norm()) / start
         refused = 3 if factor > 1.01 else 0 if factor < 0.99 else 1
-        return ["I'm sorry, but I can't."] * refused + ["Sure."] * (len(prompts) - refused)
+        texts = ["I'm sorry, but I can't."] * refused + ["Sure."] * (len(prompts) - refused)
+        return [Answer(text, 5, False) for text in texts]
 
     with monkeypatch.context() as patch:
-        patch.setattr("hf_safefilter.scores.larf_layer._answers", answers)
+        patch.setattr("hf_safefilter.refusal.larf_layer.generate", answers)
         search = find_larf_layer(model, ChatEncoder(tokenizer), ["a", "b", "c", "d"])
     assert search.layer == 1
     assert search.sensitivity == [0, 3]
@@ -277,13 +279,3 @@ def test_searching_the_larf_layer(tmp_path, model, tokenizer, model_folder, caps
     for prompts, changes, reason in (([], [0.1], "needs prompts"), (["a"], [2], "between 0 and 1")):
         with pytest.raises(InputError, match=reason):
             find_larf_layer(model, ChatEncoder(tokenizer), prompts, changes=changes)
-
-
-def test_answers_do_not_depend_on_the_batch(model, tokenizer):
-    """Left padding with a mask: the same greedy answers one by one and together."""
-    from hf_safefilter.scores.larf_layer import _answers
-
-    encoder, prompts = ChatEncoder(tokenizer), ["Hi", "Tell me about the long road to the sea.", "Name a colour."]
-    alone, together = (list(_answers(model, encoder, prompts, 8, n)) for n in (1, 3))
-    assert alone == together
-    assert LarfScore(1).layer == 1

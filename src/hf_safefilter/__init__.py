@@ -12,15 +12,27 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .anchors import AnchorSet
+    from .callbacks.refusal_rate import RefusalRateCallback
+    from .refusal.metric import refusal_rate
     from .scorer import SafetyRiskScorer
     from .select import filter_risky, select_risky
 
-__all__ = ["AnchorSet", "SafetyRiskScorer", "__version__", "filter_risky", "select_risky"]
+__all__ = [
+    "AnchorSet",
+    "RefusalRateCallback",
+    "SafetyRiskScorer",
+    "__version__",
+    "filter_risky",
+    "refusal_rate",
+    "select_risky",
+]
 
 _MODULE_OF = {
     "AnchorSet": "anchors",
+    "RefusalRateCallback": "callbacks.refusal_rate",
     "SafetyRiskScorer": "scorer",
     "filter_risky": "select",
+    "refusal_rate": "refusal.metric",
     "select_risky": "select",
 }
 

@@ -74,12 +74,19 @@ class ChatEncoder:
             that follows the prompt, or the last assistant turn where the row does not say what its prompt is; `all`: every
             token. An assistant turn ends with its end-of-turn token; white space that the template adds after it is left out.
             Rows of plain text are trained on whole, so there every token counts whatever `target` is.
+        template_kwargs: passed to the chat template, such as `{"enable_thinking": False}`.
 
     Raises:
         InputError: a tokenizer without character offsets, an unknown target, a `max_length` under 2.
     """
 
-    def __init__(self, tokenizer: Any, max_length: int = 1024, target: Target = "assistant") -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_length: int = 1024,
+        target: Target = "assistant",
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         check_options(max_length, target)
         if not getattr(tokenizer, "is_fast", False):
             raise InputError(
@@ -88,6 +95,7 @@ class ChatEncoder:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.target = target
+        self.template_kwargs = dict(template_kwargs or {})
         self.template: str | None = None
         if not tokenizer.chat_template:
             self.template = resources.files(__package__).joinpath("assets/templates/fallback.jinja").read_text("utf-8")
@@ -162,6 +170,7 @@ class ChatEncoder:
                     add_generation_prompt=add_generation_prompt,
                     chat_template=self.template,
                     tools=tools,
+                    **self.template_kwargs,
                 )
             )
         # Templates are programs: besides jinja2's own errors they raise those of the operations in them.

@@ -47,10 +47,7 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
 def add_scorer_arguments(p: argparse.ArgumentParser) -> None:
     """Add the arguments that `score` and `fit` share: which model, anchors and scores, and how to run."""
     p.add_argument("--model", required=True, help="a Hub id, a folder or a .gguf file")
-    p.add_argument("--revision", help="branch, tag or commit of the model")
-    p.add_argument("--gguf-file", help="the GGUF file in the model's folder or repository")
-    p.add_argument("--adapter", help="a PEFT adapter, merged into the model")
-    p.add_argument("--tokenizer", help="a tokenizer's folder or Hub id (default: the model's own)")
+    add_model_arguments(p)
     p.add_argument("--anchors", default="default", help="an anchor file, folder or Hub id (default: the built-in set)")
     p.add_argument(
         "--scores", default="gradient,representation", help="names with commas between, or all (default: %(default)s)"
@@ -64,6 +61,14 @@ def add_scorer_arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
     p.add_argument("--batch-tokens", type=int, help="padded tokens in a micro-batch")
+
+
+def add_model_arguments(p: argparse.ArgumentParser) -> None:
+    """Add the arguments that say how a named model is loaded."""
+    p.add_argument("--revision", help="branch, tag or commit of the model")
+    p.add_argument("--gguf-file", help="the GGUF file in the model's folder or repository")
+    p.add_argument("--adapter", help="a PEFT adapter, merged into the model")
+    p.add_argument("--tokenizer", help="a tokenizer's folder or Hub id (default: the model's own)")
     p.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (default: auto)")
     p.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
 

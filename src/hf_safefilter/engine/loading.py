@@ -45,7 +45,7 @@ class ModelSpec:
 
 def named_spec(
     model: str,
-    tokenizer: Source | None = None,
+    tokenizer: Source | str | Path | None = None,
     *,
     revision: str | None = None,
     adapter: str | Path | None = None,
@@ -62,6 +62,8 @@ def named_spec(
         model, gguf_file = str(Path(model).parent), Path(model).name
     source = resolve(model, what="model", probe="config.json", revision=revision, file=gguf_file)
     adapter_from = None if adapter is None else resolve(adapter, what="adapter", probe="adapter_config.json")
+    if isinstance(tokenizer, str | Path):
+        tokenizer = resolve(tokenizer, what="tokenizer", probe="tokenizer_config.json")
     return ModelSpec(source, tokenizer or source, resolve_dtype(dtype, device), gguf_file, adapter_from)
 
 
@@ -187,6 +189,10 @@ def _load_model(spec: ModelSpec) -> Any:
             f"(a base model without its language-model head?)"
         )
     check_lm_head(model)
+    if spec.gguf_file:
+        # Dequantized, it is a model like any other; with these left in, it can be neither trained nor saved.
+        vars(model.config).pop("quantization_config", None)
+        model.hf_quantizer = None
     return model
 
 

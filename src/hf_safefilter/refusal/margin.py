@@ -3,7 +3,8 @@
     margin(prompt) = mean over refusal openings o of (1/|o|) log p(o | prompt)
                    - mean over affirmative openings of the same                         in nats per token
 
-Positive: it rather refuses. The gradient of this margin on the anchors is what the score `margin_step` follows. All openings of
+Higher: it leans more to refusing. Its zero means nothing (openings differ in how likely their later tokens are): compare values
+of one model. The gradient of this margin on the anchors is what the score `margin_step` follows. All openings of
 all prompts are read in one forward: the openings form a tree of tokens behind each prompt, in which a token sees its own
 ancestors only, and what all prompts begin with (the system prompt) is computed once.
 """

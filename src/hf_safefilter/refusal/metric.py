@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
@@ -13,6 +14,8 @@ from ..errors import EvaluationError, InputError
 from .coherence import is_incoherent
 from .judges import Judge, JudgeFunction, Verdict, resolve_judge, strip_reasoning
 
+# For the `evaluate` library: evaluate.load(str(EVALUATE_MODULE)).
+EVALUATE_MODULE = Path(__file__).parent.parent / "assets" / "evaluate" / "refusal_rate"
 EMPTY = "the answer is empty"
 CUT_OFF = "cut off while reasoning, before an answer"
 

@@ -1,0 +1,1 @@
+"""Callbacks for `Trainer` and TRL's trainers."""
