@@ -148,11 +148,6 @@ def bergson(bench: Bench, python: str) -> dict[str, Any]:
     """The same rows in bergson's own environment; see `bergson_cost.py`."""
     with tempfile.TemporaryDirectory() as folder:
         model = bench.model
-        model.config.__dict__.pop("quantization_config", None)
-        model.hf_quantizer = None
-        for attribute in ("is_quantized", "_is_quantized"):
-            if hasattr(model, attribute):
-                setattr(model, attribute, False)
         model.save_pretrained(folder)
         batches = [[{"input_ids": e.input_ids, "labels": e.labels} for e in batch] for batch in bench.batches]
         Path(folder, "batches.json").write_text(json.dumps({"batches": batches}))

@@ -149,11 +149,10 @@ def test_trl_with_lora(taught, tmp_path, options):
 
 def test_the_best_model_and_early_stopping(refusing, tmp_path):
     """Early stopping was there first; ours goes before it, and the weights that refuse come back."""
-    t = trainer(
-        refusing, tmp_path, [EarlyStoppingCallback(2)], eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
-        eval_dataset=rows([("a", ANSWER)]), metric_for_best_model=RATE, greater_is_better=True, load_best_model_at_end=True,
-        max_steps=30,
-    )  # fmt: skip
+    best = {"metric_for_best_model": RATE, "greater_is_better": True, "load_best_model_at_end": True}
+    often = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 30}
+    evaluation = rows([("a", ANSWER)])
+    t = trainer(refusing, tmp_path, [EarlyStoppingCallback(2)], eval_dataset=evaluation, **best, **often)
     callback = watched(t)
     t.train()
     kinds = [type(c) for c in t.callback_handler.callbacks]
@@ -281,8 +280,10 @@ def test_without_a_trainer(refusing, tmp_path, caplog):
     )
     with caplog.at_level(logging.WARNING):
         t.train()
-    assert by_step(t, RATE) == {0: 1.0, 1: 1.0, 12: 0.0}
-    assert "refusals will not reach tensorboard" in caplog.text
+    rates = by_step(t, RATE)
+    assert list(rates) == [0, 1, 12]
+    assert (rates[0], rates[12]) == (1, 0)
+    assert caplog.text.count("refusals will not reach tensorboard") == 1
 
 
 def broken_judge(prompt: str, completion: str) -> bool:
@@ -424,7 +425,7 @@ def test_bad_options_with_a_trainer(refusing, tmp_path, caplog):
 
 
 def test_sharded_models(refusing, tmp_path):
-    """What is refused under ZeRO-3 and FSDP; the engines themselves are not on this machine, so their plugins are stood in for."""
+    """What is refused under ZeRO-3 and FSDP; the engines themselves are not on this machine, so plugins stand in."""
     t = trainer(refusing, tmp_path)
     state = t.accelerator.state
     zero3 = SimpleNamespace(zero_stage=3)

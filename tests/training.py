@@ -53,7 +53,7 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
     return TrainingArguments(
         str(folder),
         **{
-            "use_cpu": True, "report_to": "none", "learning_rate": 1e-2, "per_device_train_batch_size": 4, "max_steps": 12,
+            "use_cpu": True, "report_to": "none", "learning_rate": 2e-3, "per_device_train_batch_size": 4, "max_steps": 12,
             "logging_steps": 3, "save_strategy": "no", "disable_tqdm": True, "seed": 0, "lr_scheduler_type": "constant",
             **options,
         },

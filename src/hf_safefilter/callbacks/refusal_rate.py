@@ -139,7 +139,8 @@ class RefusalRateCallback(TrainerCallback):
         """Check the arguments, go before early stopping, and make the check of step 0."""
         if self.monitor is None:
             self._prepare(args, model, self._tokenizer or processing_class)
-        self._check_arguments(args)
+        else:
+            self._check_arguments(args)
         self._go_first()
         self._latest = self._safe = None
         self._training, self._checkpoint_due = True, False

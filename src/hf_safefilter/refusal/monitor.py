@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ logger = logging.getLogger(__name__)
 class Check:
     """What one check found; `problem` says why where it could not be evaluated.
 
-    `records` has a dict for each answer: side, prompt, completion, verdict and flags. `seconds` is what it took.
+    `records` has a dict for each answer: side, prompt, completion, verdict and flags; harmful prompts also their margin.
+    `seconds` is what the check took.
     """
 
     harmful: RefusalRate | None = None
@@ -155,7 +157,10 @@ class RefusalMonitor:
             outcome = Check(problem=problem)
         assert outcome is not None
         margin = self.margin(model)
-        return Check(outcome.harmful, outcome.benign, margin, outcome.records, time.perf_counter() - started, outcome.problem)
+        # The harmful prompts' records come first, in the order of their margins.
+        values = margin.values if margin else []
+        records = [{**r, "margin": v} for r, v in zip_longest(outcome.records, values)] if outcome.records else []
+        return Check(outcome.harmful, outcome.benign, margin, records, time.perf_counter() - started, outcome.problem)
 
     def margin(self, model: Any) -> Margin | None:
         """The refusal margin, each process for itself; `None`, once with a warning, where the model has none."""
