@@ -20,6 +20,7 @@ from trl import SFTConfig, SFTTrainer
 from hf_safefilter import AnchorSet, RefusalRateCallback
 from hf_safefilter.cli.demo import demo_model
 from hf_safefilter.engine.loading import load, named_spec
+from hf_safefilter.session import harmless_requests
 
 LENGTH = 128
 
@@ -67,15 +68,21 @@ def main() -> None:
     sample = Dataset.from_json(str(resources.files("hf_safefilter") / "assets" / "benign_sample.jsonl")).shuffle(seed=0)
     harmless = [chat(row) for row in sample]
 
-    lessons = Dataset.from_list([chat(d) for side in AnchorSet.load().safe for d in side] + harmless[:96])
+    refusals = [chat(d) for side in AnchorSet.load().safe for d in side]
+    lessons = Dataset.from_list(refusals + [chat(d) for d in harmless_requests()] + harmless[:64])
     aligner = make_trainer("plain", model, tokenizer, lessons, f"{args.out}/align", learning_rate=5e-4, num_train_epochs=3)
     aligner.train()
     model = aligner.model.merge_and_unload()
 
     options = {"learning_rate": args.lr, "max_steps": args.steps, "seed": args.seed, "report_to": "tensorboard"}
-    trainer = make_trainer(args.trainer, model, tokenizer, Dataset.from_list(harmless[96:]), args.out, **options)
+    trainer = make_trainer(args.trainer, model, tokenizer, Dataset.from_list(harmless[64:]), args.out, **options)
     watch = RefusalRateCallback(
-        trainer, every=5, margin_every=1, min_refusal_rate=args.min_refusal_rate, on_breach=args.on_breach
+        trainer,
+        judge="keyword_prefix",
+        every=5,
+        margin_every=1,
+        min_refusal_rate=args.min_refusal_rate,
+        on_breach=args.on_breach,
     )
     trainer.add_callback(watch)
     trainer.train()
