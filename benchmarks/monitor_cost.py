@@ -1,8 +1,8 @@
 """What watching refusals costs beside training: the margin, and a generated check.
 
 One real `Trainer` run on SmolLM2-135M-Instruct (full fine-tuning, AdamW, batches of 8 rows of 256 tokens), in which every step
-is followed by a margin over the 64 built-in harmful prompts, and steps in turn by a check of the same 64, 32 tokens each, and by
-one of them with their 64 look-alikes. Times are of the same process in turns; medians and ranges of ratios to the median step.
+is followed by a margin over the 64 built-in harmful prompts, and steps in turn by a check of the same 64, 32 tokens each, and
+by one of them with their 64 look-alikes. Times are of one process, in turns; medians and ranges of ratios to the median step.
 
 python benchmarks/monitor_cost.py                       # bfloat16 weights
 python benchmarks/monitor_cost.py --dtype float32 --bf16      # float32 weights under autocast, as Trainer's bf16=True
