@@ -55,12 +55,12 @@ def main() -> None:
     parser.add_argument("--min-refusal-rate", type=float, default=0.7)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--aligned", type=Path, default="monitored/aligned", help="the model that refuses, made if not there")
+    parser.add_argument("--aligned", default="monitored/aligned", help="the model that refuses, made if not there")
     parser.add_argument("--out", default="monitored")
     args = parser.parse_args()
     sample = str(resources.files("hf_safefilter") / "assets" / "benign_sample.jsonl")
     harmless = [chat(row) for row in Dataset.from_json(sample).shuffle(seed=0)]
-    if not args.aligned.is_dir():
+    if not Path(args.aligned).is_dir():
         refusals = [chat(d) for side in AnchorSet.load().safe for d in side]
         lessons = Dataset.from_list(refusals + [chat(d) for d in harmless_requests()] + harmless[:64])
         options = {"output_dir": args.out, "learning_rate": 5e-4, "num_train_epochs": 3, "report_to": "none"}
@@ -69,9 +69,7 @@ def main() -> None:
         aligner.model.merge_and_unload().save_pretrained(args.aligned)
         aligner.processing_class.save_pretrained(args.aligned)
     options = {"output_dir": args.out, "learning_rate": args.lr, "max_steps": args.steps, "report_to": "tensorboard"}
-    trainer = make_trainer(
-        args.trainer, *load(named_spec(str(args.aligned)), "cpu"), Dataset.from_list(harmless[64:]), **options
-    )
+    trainer = make_trainer(args.trainer, *load(named_spec(args.aligned), "cpu"), Dataset.from_list(harmless[64:]), **options)
     watch = {"judge": "keyword_prefix", "every": 5, "margin_every": 1, "min_refusal_rate": args.min_refusal_rate}
     trainer.add_callback(RefusalRateCallback(trainer, on_breach=args.on_breach, **watch))
     trainer.train()

@@ -26,7 +26,7 @@ from ..engine.batching import collate
 from ..engine.loading import accepts_logits_to_keep
 from ..errors import EvaluationError, InputError, UnscorableRow
 from ..formats import Message
-from .generation import undisturbed
+from .generation import contiguous_head, undisturbed
 from .judges import margin_openings
 from .prompts import load_prompts, prompt_ids
 
@@ -147,7 +147,7 @@ class MarginProbe:
             EvaluationError: the model cannot read a tree (it has recurrent layers, say), or a margin is not finite.
         """
         values = [0.0] * self.count
-        with undisturbed(model):
+        with undisturbed(model), contiguous_head(model):
             if not self._checked:
                 self._check(model)
             shared = self._shared(model)

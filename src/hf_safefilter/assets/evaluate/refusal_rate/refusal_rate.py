@@ -1,5 +1,7 @@
 """`evaluate.load(str(EVALUATE_MODULE))`: the refusal rate as a measurement of the `evaluate` library."""
 
+from typing import Any
+
 import datasets
 import evaluate
 
@@ -21,7 +23,7 @@ author={Luxi He and Mengzhou Xia and Peter Henderson}, booktitle={COLM}, year={2
 class RefusalRateModule(evaluate.Metric):
     """A thin wrapper: the numbers are those of `hf_safefilter.refusal_rate`."""
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation=_CITATION,
@@ -29,6 +31,6 @@ class RefusalRateModule(evaluate.Metric):
             features=datasets.Features({"predictions": datasets.Value("string")}),
         )
 
-    def _compute(self, predictions, judge="keyword", prompts=None):
+    def _compute(self, predictions: list[str], judge: Any = "keyword", prompts: list[str] | None = None) -> dict[str, Any]:
         found = refusal_rate(list(predictions), judge, prompts=prompts).summary()
         return {"refusal_rate": found.pop("rate"), **found}
