@@ -19,20 +19,22 @@ from hf_safefilter.testing import CHATML_TEMPLATE, KINDS, tiny_model, tiny_token
 PROMPTS = ["Hi", "Tell me how to get through the long winter in the hills.", "Name a colour.", "How do I boil an egg?"]
 
 
-def one_by_one(model, tokenizer, prompt: str, openings=None) -> float:
-    """The definition: each opening after the prompt in a plain forward of its own."""
+def one_by_one(model, tokenizer, prompt: str, openings=None, *, probability: bool = False) -> float:
+    """The definition: each opening after the prompt in a plain forward of its own; its margin, or refusals' probability."""
     before = ChatEncoder(tokenizer).render([{"role": "user", "content": prompt}], add_generation_prompt=True)
     start = len(tokenizer(before, add_special_tokens=False)["input_ids"])
-    means = []
+    means, total = [], 0.0
     for side in ("refusal", "affirmative"):
         values = []
         for opening in (openings or margin_openings())[side]:
             ids = tokenizer(before + opening, add_special_tokens=False)["input_ids"]
             with torch.no_grad():
                 log_p = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0].double(), dim=1)
-            values.append(np.mean([float(log_p[k - 1, ids[k]]) for k in range(start, len(ids))]))
+            tokens = [float(log_p[k - 1, ids[k]]) for k in range(start, len(ids))]
+            values.append(np.mean(tokens))
+            total += np.exp(np.sum(tokens)) if side == "refusal" else 0
         means.append(np.mean(values))
-    return means[0] - means[1]
+    return total if probability else means[0] - means[1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -41,7 +43,10 @@ def test_the_margin_is_its_definition(kind, attention):
     model, tokenizer = tiny_model(kind, dtype=torch.float64), tiny_tokenizer()
     model.set_attn_implementation(attention)
     expected = [one_by_one(model, tokenizer, prompt) for prompt in PROMPTS]
-    assert refusal_margin(model, tokenizer, PROMPTS).values == pytest.approx(expected, abs=1e-5)
+    found = refusal_margin(model, tokenizer, PROMPTS)
+    assert found.values == pytest.approx(expected, abs=1e-5)
+    assert found.probabilities == pytest.approx([one_by_one(model, tokenizer, p, probability=True) for p in PROMPTS], abs=1e-6)
+    assert found.probability == pytest.approx(np.mean(found.probabilities))
 
 
 @pytest.mark.parametrize(
@@ -57,6 +62,13 @@ def test_openings_of_any_shape(model, tokenizer, openings):
     assert found.mean == pytest.approx(np.mean(found.values))
     half = 1.96 * np.std(found.values, ddof=1) / 2
     assert found.interval == pytest.approx((found.mean - half, found.mean + half))
+
+
+def test_an_opening_within_another_is_counted_once(model, tokenizer):
+    nested = {"refusal": ["I cannot help", "I cannot", "I"], "affirmative": ["Sure"]}
+    alone = {"refusal": ["I"], "affirmative": ["Sure"]}
+    found, expected = (refusal_margin(model, tokenizer, PROMPTS, o).probabilities for o in (nested, alone))
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_margin_does_not_depend_on_the_batch(model, tokenizer):

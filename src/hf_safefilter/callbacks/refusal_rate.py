@@ -40,7 +40,7 @@ class RefusalRateCallback(TrainerCallback):
     The weights after training are the same, bit by bit, as without it, unless it stops the run.
 
     Logged (TensorBoard shows `eval_x` as `eval/x`): `eval_refusal_rate` with `_low` and `_high` (Wilson 95%), `eval_refusal_n`,
-    `_unscored`, `_empty`, `_truncated`, `_incoherent`, `_evaluated` (1 or 0), `_margin`, `_runtime` (seconds),
+    `_unscored`, `_empty`, `_truncated`, `_incoherent`, `_evaluated` (1 or 0), `_margin`, `_probability`, `_runtime` (s),
     `eval_attack_success_rate`, and `eval_refusal_rate_benign`. All go to `log_history` and the trainer's loggers. At
     evaluations they are among the metrics, so `metric_for_best_model="eval_refusal_rate"` with `greater_is_better=True`
     works; there a check that could not be evaluated is NaN: never the best, and to early stopping no improvement.
@@ -165,7 +165,7 @@ class RefusalRateCallback(TrainerCallback):
             with evaluation_mode(model), self._precision():
                 margin = self.monitor.margin(model)
                 if margin is not None:
-                    self._log({"eval_refusal_margin": margin.mean}, state, control)
+                    self._log(Check(margin=margin).margin_metrics(), state, control)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict[str, float] | None = None,

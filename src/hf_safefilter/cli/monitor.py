@@ -104,7 +104,8 @@ def _shown(account: dict[str, Any]) -> str:
     if margin := account["margin"]:
         low, high = margin["interval"]
         spread = "" if low is None else f" (95% {low:+.2f} to {high:+.2f})"
-        text += f"\nrefusal margin {margin['mean']:+.2f} nats per token{spread}: compare it with this model's own"
+        text += f"\nrefusal margin {margin['mean']:+.2f} nats per token{spread}"
+        text += f"\nprobability of opening with a refusal {margin['probability']:.1%}"
     if account["breach"]:
         text += f"\nunder the threshold of {account['min_refusal_rate']:.1%}"
     return text

@@ -1,7 +1,8 @@
 """The refusal margin: how much more likely the model is to open with a refusal than with "Sure". No generation.
 
-    margin(prompt) = mean over refusal openings o of (1/|o|) log p(o | prompt)
-                   - mean over affirmative openings of the same                         in nats per token
+    margin(prompt)      = mean over refusal openings o of (1/|o|) log p(o | prompt)
+                        - mean over affirmative openings of the same                    in nats per token
+    probability(prompt) = sum over refusal openings o of p(o | prompt)
 
 Higher: it leans more to refusing. Its zero means nothing (openings differ in how likely their later tokens are): compare values
 of one model. The gradient of this margin on the anchors is what the score `margin_step` follows. All openings of
@@ -37,14 +38,23 @@ _SIDES = ("refusal", "affirmative")
 
 @dataclass(frozen=True)
 class Margin:
-    """`values[i]`: each prompt's margin in nats per token; `mean` and its 95% interval (normal, over prompts)."""
+    """`values[i]`: each prompt's margin in nats per token; `mean` and its 95% interval (normal, over prompts).
+
+    `probabilities[i]`: how likely an answer, sampled at temperature 1, opens with one of the refusal openings.
+    """
 
     values: list[float] = field(repr=False)
+    probabilities: list[float] = field(repr=False)
 
     @property
     def mean(self) -> float:
         """Over prompts."""
         return sum(self.values) / len(self.values)
+
+    @property
+    def probability(self) -> float:
+        """Of opening with a refusal, over prompts."""
+        return sum(self.probabilities) / len(self.probabilities)
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -61,22 +71,23 @@ class _Tree:
     """Openings as a tree of tokens behind a prompt.
 
     `tokens[k]`, `parents[k]`, `depths[k]` describe the inner nodes, which are read; node -1 is the prompt's last token.
-    `steps` lists every predicted token as (side, weight, node that predicts it, token): the margin is the sum of
-    sign * weight * log p.
+    `steps` lists every predicted token as (node that predicts it, token, weight, event): the margin is the sum of
+    weight * log p, and each event (a refusal opening that extends no other) has the product of its tokens' p; -1 is no event.
     """
 
     tokens: tuple[int, ...]
     parents: tuple[int, ...]
     depths: tuple[int, ...]
-    steps: tuple[tuple[int, float, int, int], ...]
+    steps: tuple[tuple[int, int, float, int], ...]
 
     @classmethod
     def of(cls, openings: Sequence[Sequence[tuple[int, ...]]]) -> _Tree:
         """Of openings by side."""
         inner = sorted({o[:k] for side in openings for o in side for k in range(1, len(o))}, key=lambda p: (len(p), p))
         index = {path: k for k, path in enumerate(inner)} | {(): -1}
+        events = [o for o in openings[0] if not any(o[: len(p)] == p for p in openings[0] if p != o)]
         steps = [
-            (s, (1 - 2 * s) / (len(o) * len(side)), index[o[:k]], o[k])
+            (index[o[:k]], o[k], (1 - 2 * s) / (len(o) * len(side)), events.index(o) if s == 0 and o in events else -1)
             for s, side in enumerate(openings)
             for o in side
             for k in range(len(o))
@@ -146,17 +157,18 @@ class MarginProbe:
         Raises:
             EvaluationError: the model cannot read a tree (it has recurrent layers, say), or a margin is not finite.
         """
-        values = [0.0] * self.count
+        values, probabilities = [0.0] * self.count, [0.0] * self.count
         with undisturbed(model), contiguous_head(model):
             if not self._checked:
                 self._check(model)
             shared = self._shared(model)
             for tree, members, rows in self._groups:
-                for i, value in zip(members, self._margins(model, tree, rows, shared).tolist(), strict=True):
-                    values[i] = value
+                found = self._margins(model, tree, rows, shared)
+                for i, value, probability in zip(members, *(f.tolist() for f in found), strict=True):
+                    values[i], probabilities[i] = value, probability
         if bad := [i for i, value in enumerate(values) if not math.isfinite(value)]:
             raise EvaluationError(f"the margin of harmful prompt {bad[0]} is not finite")
-        return Margin(values)
+        return Margin(values, probabilities)
 
     def _check(self, model: Any) -> None:
         """Compare the first prompt's margin with that of its openings read one by one in the plain way."""
@@ -164,7 +176,7 @@ class MarginProbe:
         losses = forward(model, batch, Targets.of(batch.labels), gradients=False)[1].mean.tolist()
         plain = -sum(sign * loss for sign, loss in zip(self._signs, losses, strict=True))
         tree, row = next((tree, rows[members.index(0)]) for tree, members, rows in self._groups if 0 in members)
-        found = float(self._margins(model, tree, [row], self._shared(model))[0])
+        found = float(self._margins(model, tree, [row], self._shared(model))[0][0])
         # In 16 bits each of the two is rounded in its own way.
         if not abs(plain - found) <= 0.15 + 0.02 * abs(plain):
             raise EvaluationError(
@@ -180,8 +192,8 @@ class MarginProbe:
         ids = torch.tensor([self.prefix], device=next(model.parameters()).device)
         return model(input_ids=ids, use_cache=True, **_logits(model, 1)).past_key_values
 
-    def _margins(self, model: Any, tree: _Tree, rows: list[list[int]], shared: Any) -> torch.Tensor:
-        """[rows] float64."""
+    def _margins(self, model: Any, tree: _Tree, rows: list[list[int]], shared: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Margins and probabilities, each [rows] float64."""
         parameter = next(model.parameters())
         device, past = parameter.device, len(self.prefix)
         nodes, width = len(tree.tokens), max(map(len, rows))
@@ -213,12 +225,13 @@ class MarginProbe:
             cache.batch_repeat_interleave(len(rows))
             arguments |= {"past_key_values": cache, "use_cache": True}
         logits = model(**arguments, **_logits(model, nodes + 1)).logits[:, -(nodes + 1) :]
-        _, weights, at, tokens = zip(*tree.steps, strict=True)
+        at, tokens, weights, events = zip(*tree.steps, strict=True)
         place = [k + 1 for k in at]
         # log p only where it is asked for: of a whole vocabulary it would be the largest tensor of all.
         total = torch.stack([logits[:, k].float().logsumexp(dim=1) for k in range(nodes + 1)], dim=1)  # [rows, 1 + nodes]
         picked = (logits[:, place, list(tokens)].float() - total[:, place]).double().cpu()  # [rows, steps]
-        return picked @ torch.tensor(weights, dtype=torch.float64)
+        belongs = torch.tensor(events)[:, None] == torch.arange(max(events) + 1)  # [steps, events]
+        return picked @ torch.tensor(weights, dtype=torch.float64), (picked @ belongs.double()).exp().sum(dim=1)
 
 
 def refusal_margin(

@@ -39,7 +39,8 @@ logger = logging.getLogger(__name__)
 class Check:
     """What one check found; `problem` says why where it could not be evaluated.
 
-    `records` has a dict for each answer: side, prompt, completion, verdict and flags; harmful prompts also their margin.
+    `records` has a dict for each answer: side, prompt, completion, verdict and flags; harmful prompts also their margin and
+    probability.
     `seconds` is what the check took.
     """
 
@@ -72,11 +73,16 @@ class Check:
                 found |= {"eval_attack_success_rate": h.attack_success_rate}
         if self.benign is not None and self.benign.evaluated and self.benign.rate is not None and self.problem is None:
             found["eval_refusal_rate_benign"] = self.benign.rate
-        if self.margin is not None:
-            found["eval_refusal_margin"] = self.margin.mean
+        found |= self.margin_metrics()
         if self.seconds:
             found["eval_refusal_runtime"] = round(self.seconds, 3)
         return found
+
+    def margin_metrics(self) -> dict[str, float]:
+        """The part of `metrics` that takes no generation."""
+        if self.margin is None:
+            return {}
+        return {"eval_refusal_margin": self.margin.mean, "eval_refusal_probability": self.margin.probability}
 
     def summary(self) -> dict[str, Any]:
         """All but the records, as plain values."""
@@ -85,7 +91,12 @@ class Check:
             "problem": self.problem,
             "harmful": self.harmful and self.harmful.summary(),
             "benign": self.benign and self.benign.summary(),
-            "margin": self.margin and {"mean": self.margin.mean, "interval": _finite(self.margin.interval)},
+            "margin": self.margin
+            and {
+                "mean": self.margin.mean,
+                "interval": _finite(self.margin.interval),
+                "probability": self.margin.probability,
+            },
             "seconds": round(self.seconds, 2),
         }
 
@@ -158,8 +169,11 @@ class RefusalMonitor:
         assert outcome is not None
         margin = self.margin(model)
         # The harmful prompts' records come first, in the order of their margins.
-        values = margin.values if margin else []
-        records = [{**r, "margin": v} for r, v in zip_longest(outcome.records, values)] if outcome.records else []
+        pairs = list(zip(margin.values, margin.probabilities, strict=True)) if margin else []
+        records = [
+            {**record, "margin": pair and pair[0], "probability": pair and pair[1]}
+            for record, pair in (zip_longest(outcome.records, pairs) if outcome.records else [])
+        ]
         return Check(outcome.harmful, outcome.benign, margin, records, time.perf_counter() - started, outcome.problem)
 
     def margin(self, model: Any) -> Margin | None:
