@@ -18,7 +18,7 @@ from ..formats import Conversation, Message
 # A refusal or an answer of a few sentences repeats next to no three words; of "the the the the ..." nearly all.
 MAX_REPETITION = 0.5
 # docs/monitoring.md has what greedy answers and shuffled words of them reach.
-MAX_PERPLEXITY = 500.0
+MAX_PERPLEXITY = 100.0
 _LEAST_WORDS = 6
 # Answers together in a batch, in any dtype: a perplexity only has to be told from a hundred times as much.
 _BATCH_TOKENS = 4096
