@@ -1,4 +1,4 @@
-"""Run by test_callback.py under `accelerate launch`: a training run that is stopped, and what each process saw of it."""
+"""Run by test_callback.py under `torchrun`: a training run that is stopped, and what each process saw of it."""
 
 from __future__ import annotations
 
