@@ -65,7 +65,7 @@ def test_trainer_stops_early_and_the_best_weights_refuse(example, harmless, alig
     rows = harmless.select(range(64, 240))
     options = {"learning_rate": 2e-3, "max_steps": 24, "report_to": "tensorboard", "disable_tqdm": True}
     t = example.make_trainer("plain", model, tokenizer, rows, output_dir=str(tmp_path), **options)
-    t.args.set_evaluate("steps", steps=3, batch_size=8)
+    t.args.set_evaluate("steps", steps=3, batch_size=8, delay=0)
     t.args.set_save("steps", steps=3, total_limit=2)
     t.args.load_best_model_at_end, t.args.metric_for_best_model, t.args.greater_is_better = True, "eval_refusal_rate", True
     t.eval_dataset = t.train_dataset.select(range(4))
