@@ -283,6 +283,8 @@ def test_without_a_trainer(refusing, tmp_path, caplog):
     rates = by_step(t, RATE)
     assert list(rates) == [0, 1, 12]
     assert (rates[0], rates[12]) == (1, 0)
+    alone = trainer(t.model, tmp_path, [RefusalRateCallback(**MONITOR)], eval_dataset=rows([("a", ANSWER)]))
+    assert alone.evaluate()[RATE] == 0  # without a run
     assert caplog.text.count("refusals will not reach tensorboard") == 1
 
 

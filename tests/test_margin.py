@@ -13,6 +13,7 @@ from hf_safefilter.errors import EvaluationError, InputError
 from hf_safefilter.refusal.generation import generate
 from hf_safefilter.refusal.judges import margin_openings
 from hf_safefilter.refusal.margin import MarginProbe, refusal_margin
+from hf_safefilter.refusal.monitor import RefusalMonitor
 from hf_safefilter.refusal.prompts import load_prompts, monitor_prompts, prompt_ids
 from hf_safefilter.testing import CHATML_TEMPLATE, KINDS, tiny_model, tiny_tokenizer
 
@@ -130,6 +131,15 @@ def test_a_model_that_ignores_the_tree_is_found_out(tokenizer):
 def test_bad_prompts_and_openings(model, tokenizer, prompts, openings, reason):
     with pytest.raises(InputError, match=reason):
         refusal_margin(model, tokenizer, prompts, openings)
+
+
+def test_options_of_the_chat_template(model):
+    tokenizer = tiny_tokenizer(CHATML_TEMPLATE + "{% if enable_thinking | default(true) %}{{ '<think>' }}{% endif %}")
+    thinking = RefusalMonitor(tokenizer, PROMPTS, None)
+    plain = RefusalMonitor(tokenizer, PROMPTS, None, chat_template_kwargs={"enable_thinking": False})
+    mark = tokenizer("<think>")["input_ids"]
+    assert thinking._ids == [ids + mark for ids in plain._ids]
+    assert plain.check(model).margin.values == pytest.approx(refusal_margin(model, tiny_tokenizer(), PROMPTS).values, abs=1e-5)
 
 
 def test_prompts_in_any_form(tmp_path):

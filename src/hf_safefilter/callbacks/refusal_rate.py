@@ -169,11 +169,11 @@ class RefusalRateCallback(TrainerCallback):
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict[str, float] | None = None,
-        model: Any = None, **_: Any,
+        model: Any = None, processing_class: Any = None, **_: Any,
     ) -> None:  # fmt: skip
         """Check, unless this step has been (several evaluation datasets), and add to the evaluation's metrics."""
         if self.monitor is None:  # evaluate() without train()
-            self._prepare(args, model, self._tokenizer or getattr(self.trainer, "processing_class", None))
+            self._prepare(args, model, self._tokenizer or processing_class)
         if self._folder is None:
             self._open_folder(args, state)
         # Outside of training weights may have become others at the same step.
