@@ -166,24 +166,25 @@ def test_the_best_model_and_early_stopping(refusing, tmp_path):
 
 def test_stop_saves_a_checkpoint_first(refusing, tmp_path):
     t = trainer(refusing, tmp_path, max_steps=40)
-    watched(t, steps=(0,), every=1, min_refusal_rate=0.9, on_breach="stop")
+    watched(t, steps=(0,), every=1, min_refusal_rate=1.0, on_breach="stop")
     t.train()
     rates = by_step(t, RATE)
     step = t.state.global_step
     assert step < 40
-    assert all(rate >= 0.9 for s, rate in rates.items() if s < step)
-    assert rates[step] < 0.9
+    assert all(rate == 1 for s, rate in rates.items() if s < step)  # at the threshold is not under it
+    assert rates[step] < 1
     assert (tmp_path / f"checkpoint-{step}/model.safetensors").is_file()
 
 
 def test_stop_saves_a_checkpoint_that_is_not_the_best(refusing, tmp_path):
     """save_strategy="best" overrules what callbacks ask for within the step."""
     t = trainer(
-        refusing, tmp_path, eval_strategy="steps", eval_steps=4, save_strategy="best", eval_dataset=rows([("a", ANSWER)]),
-        metric_for_best_model=RATE, greater_is_better=True, max_steps=40, learning_rate=2e-2,
+        refusing, tmp_path, eval_strategy="steps", eval_steps=1, save_strategy="best", eval_dataset=rows([("a", ANSWER)]),
+        metric_for_best_model=RATE, greater_is_better=True, max_steps=40, learning_rate=5e-4,
     )  # fmt: skip
     watched(t, steps=(0,), min_refusal_rate=0.9, on_breach="stop")
     t.train()
+    assert by_step(t, RATE)[1] == t.state.best_metric == 1  # the first evaluation is the best
     assert by_step(t, RATE)[t.state.global_step] < 0.9
     assert (tmp_path / f"checkpoint-{t.state.global_step}").is_dir()
 
@@ -244,7 +245,7 @@ def test_several_evaluation_datasets_are_one_check(refusing, tmp_path):
 def test_resume_goes_on_with_the_history(taught, tmp_path):
     def run(folder, **options):
         t = trainer(copy.deepcopy(taught), folder, save_strategy="steps", save_steps=6, **options)
-        watched(t, steps=(0, 2, 6, 8), margin_every=3)
+        watched(t, steps=(0, 2, 6, 7, 8), margin_every=3)
         return t
 
     whole = run(tmp_path / "whole")
@@ -263,7 +264,7 @@ def test_resume_goes_on_with_the_history(taught, tmp_path):
         for line in (folder / "refusal_checks/history.jsonl").read_text().splitlines()
     ]
     assert plain(tmp_path / "cut") == plain(tmp_path / "whole")
-    assert [e["step"] for e in plain(tmp_path / "whole") if RATE in e] == [0, 2, 6, 8]
+    assert [e["step"] for e in plain(tmp_path / "whole") if RATE in e] == [0, 2, 6, 7, 8]
 
 
 def test_without_a_trainer(refusing, tmp_path, caplog):
@@ -292,10 +293,15 @@ def broken_judge(prompt: str, completion: str) -> bool:
     raise RuntimeError("no quota left")
 
 
+def mostly_silent(prompt: str, completion: str) -> bool | None:
+    return False if prompt in HARMFUL[:2] else None
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [
         ({"judge": broken_judge}, "5 of 5 answers are unscored, most because the judge raised RuntimeError: no quota left"),
+        ({"judge": mostly_silent}, "3 of 5 answers are unscored, most because the judge gave no verdict"),
         ({"judge": SimpleNamespace(name="odd", judge=lambda p, c: [])}, "the judge odd failed: EvaluationError"),
     ],
 )
@@ -349,6 +355,7 @@ def test_a_model_that_only_ends(tmp_path, tokenizer):
     t.train()
     first = t.state.log_history[0]
     assert (first["eval_refusal_evaluated"], first["eval_refusal_empty"], first["eval_refusal_unscored"]) == (0.0, 5, 5)
+    assert first["eval_refusal_truncated"] == 0
     assert t.state.global_step == 1
 
 
