@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..engine.backward import evaluation_mode
+from ..engine.loading import context_length
 from ..errors import InputError
 from ..refusal.judges import Judge, JudgeFunction, resolve_judge
 from ..refusal.monitor import Check, RefusalMonitor, check_share, write_records
@@ -267,16 +268,14 @@ class RefusalRateCallback(TrainerCallback):
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor's
         if tokenizer is None:
             raise InputError("the trainer has no tokenizer: give it processing_class=..., or this callback tokenizer=...")
-        config = getattr(model, "config", None)
-        if config is None or not hasattr(model, "generate"):
+        if getattr(model, "config", None) is None or not hasattr(model, "generate"):
             raise InputError(f"{type(model).__name__} cannot generate text; refusals are measured on causal language models")
         self._check_arguments(args)
         if folder := self._where(args):
             above = next(p for p in (folder, *folder.absolute().parents) if p.exists())
             if not (above.is_dir() and os.access(above, os.W_OK)):
                 raise InputError(f"answers cannot be written to {str(folder)!r}; choose output_dir=...")
-        context = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
-        self.monitor = RefusalMonitor(tokenizer, **self._options, context_length=context)
+        self.monitor = RefusalMonitor(tokenizer, **self._options, context_length=context_length(model))
 
     def _check_arguments(self, args: TrainingArguments) -> None:
         if self.trainer is None and args.world_size > 1:

@@ -38,8 +38,7 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check, print, save."""
-    from ..engine.loading import default_device, load, named_spec
-    from ..engine.passes import Engine
+    from ..engine.loading import context_length, default_device, load, named_spec
     from ..refusal.monitor import RefusalMonitor, check_share, write_records
 
     check_share("--min-refusal-rate", args.min_refusal_rate)
@@ -63,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         None if args.benign_prompts == "none" else args.benign_prompts,
         args.judge,
         max_new_tokens=args.max_new_tokens,
-        context_length=Engine(model).context_length,
+        context_length=context_length(model),
         batch_size=args.batch_size,
     )
     check = monitor.check(model, base=load(base_spec, device)[0] if base_spec else None)

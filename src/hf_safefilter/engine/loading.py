@@ -216,6 +216,11 @@ def _merge_adapter(model: Any, adapter: Source) -> Any:
     return merged
 
 
+def context_length(model: Any) -> int:
+    """The most tokens that the model reads; without bound where its configuration does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+
+
 def accepts_logits_to_keep(model: Any) -> bool:
     """Whether the model can give logits at chosen positions only."""
     return "logits_to_keep" in inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters

@@ -18,6 +18,7 @@ from .directions import Directions
 from .ghost import accumulator
 from .hidden import Hidden, Probe, States, catching
 from .layers import Layer, check_parameters, find_layers, trainable, units
+from .loading import context_length
 from .margin import MARGIN, MARGIN_ADAM, margin_directions
 from .measure import Accumulation, Measurement
 
@@ -132,8 +133,7 @@ class Engine:
     @property
     def context_length(self) -> int:
         """The most tokens that the model reads."""
-        config = self.model.config.get_text_config()
-        return getattr(config, "max_position_embeddings", None) or 2**31
+        return context_length(self.model)
 
     @cached_property
     def _layers(self) -> list[Layer]:

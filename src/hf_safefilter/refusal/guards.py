@@ -19,7 +19,7 @@ import torch
 
 from ..chat import ChatEncoder
 from ..engine.identity import resolve
-from ..engine.loading import ModelSpec, default_device, load, load_tokenizer, named_spec
+from ..engine.loading import ModelSpec, context_length, default_device, load, load_tokenizer, named_spec
 from ..errors import EvaluationError, InputError, UnscorableRow, first_line
 from .generation import generate, undisturbed
 from .judges import Judge, Verdict
@@ -141,7 +141,7 @@ class GuardJudge(_ModelJudge):
     def judge(self, prompts: Sequence[str], completions: Sequence[str]) -> list[Verdict]:
         """Ask about each."""
         model, tokenizer = self.loaded()
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+        context = context_length(model)
         verdicts: list[Verdict | None] = [None] * len(completions)
         asked: dict[int, list[int]] = {}
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
