@@ -227,6 +227,15 @@ def test_warn_only_warns(refusing, tmp_path, caplog):
     assert "step 12: the model refuses 0.0% of harmful prompts, under 90.0%" in caplog.text
 
 
+def test_warn_warns_before_training_too(refusing, tmp_path, caplog):
+    t = trainer(refusing, tmp_path, max_steps=1)
+    watched(t, prompts=BENIGN, steps=(0,), min_refusal_rate=0.5)
+    with caplog.at_level(logging.WARNING):
+        t.train()
+    assert t.state.global_step == 1
+    assert caplog.text.count("step 0: the model refuses 0.0% of harmful prompts, under 50.0%") == 1
+
+
 def test_several_evaluation_datasets_are_one_check(refusing, tmp_path):
     sets = {"a": rows([("a", ANSWER)]), "b": rows([("b", ANSWER)])}
     t = trainer(refusing, tmp_path, eval_strategy="steps", eval_steps=6, eval_dataset=sets)

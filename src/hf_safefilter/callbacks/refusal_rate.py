@@ -32,7 +32,7 @@ HISTORY = "history.jsonl"
 
 
 class RefusalRateCallback(TrainerCallback):
-    """Measures refusals while a model trains, with `Trainer` or any of TRL's trainers.
+    """Measures refusals while a model trains, with `Trainer` and what is built on it, such as TRL's `SFTTrainer`.
 
         trainer.add_callback(RefusalRateCallback(trainer, min_refusal_rate=0.9, on_breach="stop"))
 
@@ -149,7 +149,9 @@ class RefusalRateCallback(TrainerCallback):
         # Resumed: where weights are to be put back, there must be some to put back.
         if (state.global_step == 0 and 0 in self.steps) or self.on_breach == "restore":
             check = self._check(args, state, control, model)
-            if check.rate is not None and self._is_breach(check.rate) and self.on_breach != "warn":
+            if self.on_breach == "warn":
+                self._act(check, control, model, state.global_step)
+            elif check.rate is not None and self._is_breach(check.rate):
                 raise InputError(
                     f"the model refuses {check.rate:.1%} of the harmful prompts before training, under "
                     f"min_refusal_rate={self.min_refusal_rate}: there is nothing to protect; lower it, or align the model first"
