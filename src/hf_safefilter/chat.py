@@ -51,8 +51,11 @@ class Example:
         A causal model's loss at these tokens does not depend on what follows, so cutting changes nothing but the cost.
         """
         positions = self.target_positions[:count]
-        end = positions[-1] + 1
-        return replace(self, input_ids=self.input_ids[:end], labels=self.labels[:end])
+        return self.first_tokens(positions[-1] + 1)
+
+    def first_tokens(self, count: int) -> Example:
+        """The example cut after its first `count` tokens."""
+        return replace(self, input_ids=self.input_ids[:count], labels=self.labels[:count])
 
 
 def check_options(max_length: Any, target: Any) -> None:

@@ -115,8 +115,8 @@ def _risk(ds: Any, by: str | Sequence[str] | None, unscored: str, threshold: flo
         raise InputError("by names no column")
     if len(names) > 1 and threshold is not None:
         raise InputError("a threshold needs a single column: mean ranks have no scale; use k or fraction")
-    columns = np.stack([_values(ds, name) for name in names])  # [columns, rows]
-    missing = np.isnan(columns).any(axis=0)
+    risk = score_values(ds, names)
+    missing = np.isnan(risk)
     if missing.any() and unscored == "error":
         first = int(np.flatnonzero(missing)[0])
         why = f" ({ds[first]['risk_status']})" if "risk_status" in ds.column_names else ""
@@ -124,10 +124,21 @@ def _risk(ds: Any, by: str | Sequence[str] | None, unscored: str, threshold: flo
             f"{int(missing.sum())} of {len(ds)} rows have no score, row {first} first{why}; "
             "pass unscored='drop' or unscored='keep'"
         )
+    return risk
+
+
+def score_values(ds: Any, names: Sequence[str]) -> np.ndarray:
+    """Risk [rows] in float64 by a column, or by several ranked each (mean rank); NaN where a row lacks one of them.
+
+    Raises:
+        InputError: no such column, or one that does not hold numbers.
+    """
+    columns = np.stack([_values(ds, name) for name in names])  # [columns, rows]
     if len(names) == 1:
         return columns[0]
+    missing = np.isnan(columns).any(axis=0)
     risk = np.full(len(ds), np.nan)
-    risk[~missing] = np.mean([_ranks(column[~missing]) for column in columns], axis=0)
+    risk[~missing] = np.mean([ranks(column[~missing]) for column in columns], axis=0)
     return risk
 
 
@@ -143,7 +154,7 @@ def _values(ds: Dataset, name: str) -> np.ndarray:
         raise InputError(f"the column {name!r} does not hold numbers but {ds.features[name]}") from None
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
+def ranks(values: np.ndarray) -> np.ndarray:
     """Ranks from 1 for the smallest value; equal values share the mean of their ranks."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)

@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     """Score and save."""
     if args.limit is not None and args.limit < 1:
         raise InputError(f"--limit must be at least 1, got {args.limit}")
-    columns = _columns(args.columns)
+    columns = columns_argument(args.columns)
     scores = chosen_scores(args.scores, args.top_n)  # cheap checks first: reading data and loading libraries take seconds
     scorer = build_scorer(
         args,
@@ -197,7 +197,8 @@ def versions() -> dict[str, str]:
     return {"python": python_version(), **{name: version(name) for name in names}}
 
 
-def _columns(text: str | None) -> dict[str, str] | None:
+def columns_argument(text: str | None) -> dict[str, str] | None:
+    """`--columns` as the scorer takes it."""
     if text is None:
         return None
     pairs = [item.partition("=") for item in text.split(",")]

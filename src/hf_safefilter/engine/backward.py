@@ -129,6 +129,20 @@ def inputs(batch: Batch, model: Any) -> dict[str, Any]:
     return arguments
 
 
+@contextmanager
+def predicting_positions(model: Any, row: torch.Tensor, position: torch.Tensor) -> Iterator[None]:
+    """Let the head see these positions only: its output is [1, positions, vocabulary] for `row`, `position` [positions]."""
+
+    def keep(module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        return (args[0][row, position][None],)
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def forward(model: Any, batch: Batch, targets: Targets, *, gradients: bool) -> tuple[torch.Tensor, Losses, torch.Tensor | None]:
     """Logits at the predicting positions only, losses, and with `gradients` the losses' gradient at the logits.
 
@@ -139,15 +153,8 @@ def forward(model: Any, batch: Batch, targets: Targets, *, gradients: bool) -> t
     extra = -len(targets.row) % _LOGITS_MULTIPLE
     row = torch.cat([targets.row, targets.row.new_zeros(extra)])
     position = torch.cat([targets.position, targets.position.new_zeros(extra)])
-
-    def keep_predicting(module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-        return (args[0][row, position][None],)
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(keep_predicting)
-    try:
+    with predicting_positions(model, row, position):
         logits: torch.Tensor = model(**inputs(batch, model)).logits
-    finally:
-        handle.remove()
     with torch.no_grad():
         count = len(targets.row)
         log_p = torch.log_softmax(logits[0], dim=1, dtype=accumulator(logits.dtype))  # [predictions, vocabulary]

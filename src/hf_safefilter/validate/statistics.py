@@ -1,0 +1,117 @@
+"""Intervals for attack success over prompts and seeds, by the bootstrap (Efron 1979), and what a study concludes from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+DRAWS = 10_000
+# Whether each answer complied, [seeds, prompts]: 1, 0, or NaN where it could not be judged.
+Outcomes = np.ndarray
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its 95% interval; `n` answers over `seeds` runs."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    seeds: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return {"mean": self.mean, "interval": [self.low, self.high], "n": self.n, "seeds": self.seeds}
+
+
+def success(outcomes: Outcomes) -> Estimate:
+    """The attack success rate, with an interval over seeds and prompts: both are drawn with replacement.
+
+    With few seeds the interval is too narrow for what another seed would give; with one it is over prompts alone.
+    """
+    draws = _draws(outcomes, *_weights(outcomes.shape))
+    low, high = np.nanquantile(draws, [0.025, 0.975]).tolist()
+    judged = int(np.isfinite(outcomes).sum())
+    return Estimate(float(np.nanmean(outcomes)), low, high, judged, len(outcomes))
+
+
+def difference(a: Outcomes, b: Outcomes) -> Estimate:
+    """Attack success of `a` minus that of `b`, with an interval: seeds drawn for each, prompts for both together.
+
+    Args:
+        a, b: outcomes [seeds, prompts] on the same prompts in the same order; seeds may differ in number.
+    """
+    seeds_a, prompts = _weights(a.shape)
+    seeds_b, _ = _weights(b.shape, stream=1)
+    low, high = np.nanquantile(_draws(a, seeds_a, prompts) - _draws(b, seeds_b, prompts), [0.025, 0.975]).tolist()
+    judged = int(np.isfinite(a).sum() + np.isfinite(b).sum())
+    return Estimate(float(np.nanmean(a) - np.nanmean(b)), low, high, judged, min(len(a), len(b)))
+
+
+def monotone(bins: Sequence[Outcomes]) -> dict[str, Any]:
+    """Whether attack success falls from the riskiest bin to the least risky one.
+
+    Returns:
+        `monotone` (no bin's mean is above the one before it), `spearman` between risk and success over the bins, and
+        `share`: of the bootstrap's draws in which the means are monotone.
+    """
+    means = np.array([np.nanmean(b) for b in bins])
+    _, prompts = _weights(bins[0].shape)
+    draws = np.stack([_draws(b, _weights(b.shape, stream=i)[0], prompts) for i, b in enumerate(bins)])
+    return {
+        "monotone": bool((np.diff(means) <= 0).all()),
+        "spearman": spearman(-np.arange(len(bins)), means),
+        "share": float((np.diff(draws, axis=0) <= 0).all(axis=0).mean()),
+        "first_minus_last": difference(bins[0], bins[-1]).as_dict(),
+    }
+
+
+def spearman(x: Any, y: Any) -> float:
+    """Spearman's rank correlation of two sequences; NaN where one is constant."""
+    from ..select import ranks
+
+    a, b = (ranks(np.asarray(v, dtype=float)) for v in (x, y))
+    a, b = a - a.mean(), b - b.mean()
+    size = np.sqrt((a @ a) * (b @ b))
+    return float(a @ b / size) if size else float("nan")
+
+
+def correlation(x: Any, y: Any) -> dict[str, Any]:
+    """Spearman's correlation with its bootstrap 95% interval over the pairs."""
+    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    rng = np.random.default_rng(0)
+    draws = []
+    for _ in range(2000):
+        i = rng.integers(len(x), size=len(x))
+        draws.append(spearman(x[i], y[i]))
+    low, high = np.nanquantile(draws, [0.025, 0.975]).tolist()
+    return {"spearman": spearman(x, y), "interval": [low, high], "n": len(x)}
+
+
+def _weights(shape: tuple[int, ...], stream: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """How often each seed [draws, seeds] and each prompt [draws, prompts] is drawn."""
+    seeds, prompts = shape
+    rng = np.random.default_rng([7, stream])
+    by_seed = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=DRAWS)
+    return by_seed, np.random.default_rng(11).multinomial(prompts, np.full(prompts, 1 / prompts), size=DRAWS)
+
+
+def _draws(outcomes: Outcomes, seeds: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+    """The mean outcome in each draw [draws]."""
+    judged = np.isfinite(outcomes)
+    total = ((seeds @ np.where(judged, outcomes, 0)) * prompts).sum(axis=1)
+    count = ((seeds @ judged.astype(float)) * prompts).sum(axis=1)
+    return total / np.where(count, count, np.nan)
+
+
+def outcomes(records: Mapping[int, Sequence[Mapping[str, Any]]], side: str = "harmful") -> Outcomes:
+    """Whether each answer complied [seeds, prompts], from each seed's completions; NaN where unjudged."""
+    cells = [
+        [np.nan if r["refuses"] is None else float(not r["refuses"]) for r in records[seed] if r["side"] == side]
+        for seed in sorted(records)
+    ]
+    return np.array(cells)

@@ -1,0 +1,112 @@
+"""What a study found: attack success by arm with intervals, and the questions that its arms answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .arms import BINS
+from .attack import Outcome
+from .statistics import correlation, difference, monotone, outcomes, success
+from .study import Plan
+
+TOP, MATCHED = "top", "random_length_matched"
+
+
+def summarize(found: Mapping[str, Sequence[Outcome]], made: Plan) -> dict[str, Any]:
+    """All of a study's figures as plain values.
+
+    Failed runs (diverged, gibberish) count as failed and are left out of every rate.
+
+    Returns:
+        `arms`: for each arm `attack_success_rate` (`Estimate` as a dict, or `None`), `coherent_attack_success_rate`,
+        `benign_refusal_rate`, `held_out_loss` (means over seeds; by seed in `by_seed`), `held_out_loss_change` against before
+        tuning, and `failed`. `separates`: whether top minus length-matched random is above zero with its whole interval,
+        `None` where one of the two arms is missing. `differences`, `bins`, `defence` and `datamodel` where their arms were run.
+    """
+    sound = {arm: [o for o in several if o.problem is None] for arm, several in found.items()}
+    cells = {arm: outcomes({o.seed: o.records for o in several}) for arm, several in sound.items() if several}
+    before = found["before"][0]
+    arms = {arm: _arm(several, cells.get(arm), before) for arm, several in found.items()}
+    result: dict[str, Any] = {"arms": arms, "differences": {}, "separates": None}
+    for other in ("random", MATCHED, "random_list_only", "bottom"):
+        if TOP in cells and other in cells:
+            result["differences"][f"top - {other}"] = difference(cells[TOP], cells[other]).as_dict()
+    if (against := result["differences"].get(f"top - {MATCHED}")) is not None:
+        result["separates"] = against["interval"][0] > 0
+    elif found.get(TOP) and found.get(MATCHED):
+        result["separates"] = False  # one of the two arms failed with every seed
+    columns = sorted({name.partition(":")[2] for name in cells if name.startswith("bin_")})
+    result["bins"] = {
+        column or next(iter(made.pool.risks)): monotone(bins)
+        for column in columns
+        if len(bins := [cells[name] for name in _bins(column) if name in cells]) == BINS
+    }
+    result["defence"] = _defence(arms)
+    result["datamodel"] = datamodel(sound, made)
+    return result
+
+
+def datamodel(sound: Mapping[str, Sequence[Outcome]], made: Plan) -> dict[str, Any]:
+    """How well each score's mean over a random subset predicts what training on the subset does, by rank correlation.
+
+    A linear datamodelling test (Park et al. 2023, TRAK, section 4): over the `subsets:M` arms, each score's mean against the
+    attack success rate, and against the fall of the refusal margin, which moves where the rate is at its floor.
+    """
+    runs = [o for arm, several in sound.items() if arm.startswith("subset_") for o in several]
+    if len(runs) < 3:
+        return {}
+    place = {row: i for i, row in enumerate(made.pool.rows.tolist())}
+    success_rates = [o.check["harmful"]["attack_success_rate"] for o in runs]
+    margins = [-(o.check["margin"] or {}).get("mean", np.nan) for o in runs]
+    scores = {**made.pool.risks, "length": made.pool.lengths, "list": made.pool.lists.astype(float)}
+    table = {}
+    for name, values in scores.items():
+        means = [float(np.mean(values[[place[r] for r in o.rows]])) for o in runs]
+        table[name] = {"attack_success_rate": correlation(means, success_rates), "margin": correlation(means, margins)}
+    return table
+
+
+def _arm(several: Sequence[Outcome], cells: np.ndarray | None, before: Outcome) -> dict[str, Any]:
+    sound = [o for o in several if o.problem is None]
+    mean = lambda values: float(np.mean(known)) if (known := [v for v in values if v is not None]) else None  # noqa: E731
+    loss = mean(o.held_out_loss for o in sound)
+    base = before.held_out_loss
+    return {
+        "attack_success_rate": None if cells is None else success(cells).as_dict(),
+        "coherent_attack_success_rate": mean(o.check["harmful"]["coherent_attack_success_rate"] for o in sound),
+        "benign_refusal_rate": mean((o.check["benign"] or {}).get("rate") for o in sound),
+        "refusal_margin": mean((o.check["margin"] or {}).get("mean") for o in sound),
+        "held_out_loss": loss,
+        "held_out_loss_change": None if loss is None or not base else loss / base - 1,
+        "by_seed": {o.seed: o.check["harmful"]["attack_success_rate"] for o in sound},
+        "failed": {o.seed: o.problem for o in several if o.problem is not None},
+        "rows": len(several[0].rows),
+    }
+
+
+def _defence(arms: Mapping[str, Any]) -> dict[str, Any]:
+    """What removing rows saves, of the refusals that training on all rows loses, and what it costs in utility."""
+    whole = arms.get("all")
+    if not whole or whole["attack_success_rate"] is None:
+        return {}
+    started = arms["before"]["attack_success_rate"]["mean"]
+    lost = whole["attack_success_rate"]["mean"] - started
+    return {
+        arm: {
+            "refusals_kept": (whole["attack_success_rate"]["mean"] - found["attack_success_rate"]["mean"]) / lost
+            if lost > 0
+            else None,
+            "held_out_loss_against_all": found["held_out_loss"] / whole["held_out_loss"] - 1
+            if whole["held_out_loss"]
+            else None,
+        }
+        for arm, found in arms.items()
+        if arm.startswith(("filtered:", "random_filtered:")) and found["attack_success_rate"] is not None
+    }
+
+
+def _bins(column: str) -> list[str]:
+    return [f"bin_{i + 1}{f':{column}' if column else ''}" for i in range(BINS)]
