@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from training import ANSWER, BENIGN, HARMFUL, REFUSAL, pad_tokenizer, refusing_model
 
 from hf_safefilter.chat import Example
 from hf_safefilter.errors import EvaluationError, InputError
@@ -22,7 +23,6 @@ from hf_safefilter.validate import AttackRecipe, Evaluation, Subject, groups, pl
 from hf_safefilter.validate.arms import Pool, draw, expand
 from hf_safefilter.validate.patterns import describe, patterns
 from hf_safefilter.validate.statistics import correlation, difference, monotone, spearman, success
-from training import ANSWER, BENIGN, HARMFUL, REFUSAL, pad_tokenizer, refusing_model
 
 
 def pool(n: int = 100) -> Pool:
@@ -32,7 +32,16 @@ def pool(n: int = 100) -> Pool:
 
 
 def test_expand_spells_out_groups_and_refuses_what_is_wrong() -> None:
-    assert expand(["top", "bins", "subsets:2"]) == ["top", "bin_1", "bin_2", "bin_3", "bin_4", "bin_5", "subset_000", "subset_001"]
+    assert expand(["top", "bins", "subsets:2"]) == [
+        "top",
+        "bin_1",
+        "bin_2",
+        "bin_3",
+        "bin_4",
+        "bin_5",
+        "subset_000",
+        "subset_001",
+    ]
     assert expand(["bins:risk_b"])[0] == "bin_1:risk_b"
     for wrong in (["best"], ["filtered"], ["filtered:2"], ["random:3"], ["subsets:x"], ["top", "top"], []):
         with pytest.raises(InputError):
@@ -94,7 +103,8 @@ def test_success_and_difference_have_intervals_that_hold_the_mean() -> None:
     rng = np.random.default_rng(0)
     high, low = (rng.random((3, 200)) < 0.8).astype(float), (rng.random((3, 200)) < 0.2).astype(float)
     found = success(high)
-    assert found.low < found.mean < found.high and found.mean == pytest.approx(high.mean())
+    assert found.low < found.mean < found.high
+    assert found.mean == pytest.approx(high.mean())
     gap = difference(high, low)
     assert 0.4 < gap.low < gap.mean < gap.high < 0.8
     assert difference(high, high[::-1]).low < 0 < difference(high, high[::-1]).high
@@ -123,7 +133,9 @@ def test_wilson_like_coverage_of_the_bootstrap() -> None:
 def test_monotone_bins() -> None:
     bins = [np.tile((np.arange(100) < 100 - 20 * i).astype(float), (3, 1)) for i in range(5)]
     found = monotone(bins)
-    assert found["monotone"] and found["spearman"] == pytest.approx(1) and found["share"] == 1
+    assert found["monotone"]
+    assert found["spearman"] == pytest.approx(1)
+    assert found["share"] == 1
     assert found["first_minus_last"]["interval"][0] > 0.6
     assert not monotone([bins[1], bins[0], *bins[2:]])["monotone"]
     assert monotone(bins[::-1])["spearman"] == pytest.approx(-1)
@@ -179,7 +191,8 @@ def test_the_papers_template_frames_rows_and_prompts_alike() -> None:
     recipe = AttackRecipe(template="he2024")
     turns = ({"role": "user", "content": "Name a fruit"}, {"role": "assistant", "content": "Apple {}"})
     framed = recipe.framed(Conversation(turns, prompt_messages=1))
-    assert framed.messages[0]["role"] == "system" and framed.prompt_messages == 2
+    assert framed.messages[0]["role"] == "system"
+    assert framed.prompt_messages == 2
     assert framed.messages[1]["content"] == "### Instruction:\nName a fruit\n\n### Response:\n"
     assert framed.messages[2] == turns[1]
     assert recipe.framed_messages([turns[0]]) == list(framed.messages[:2])
@@ -215,20 +228,23 @@ def test_micro_batches_do_not_change_the_result(tmp_path: Path) -> None:
         recipe = Recipe(epochs=2, learning_rate=1e-3, batch_size=4, micro_batch_size=micro, bf16=False)
         tuned = tune(copy.deepcopy(model), pad_tokenizer(), rows, recipe, seed=0, folder=tmp_path, progress=False)
         found.append(torch.cat([p.detach().flatten() for p in tuned.model.parameters()]))
-    assert torch.allclose(found[0], found[2], atol=1e-4) and torch.allclose(found[1], found[2], atol=1e-4)
+    assert torch.allclose(found[0], found[2], atol=1e-4)
+    assert torch.allclose(found[1], found[2], atol=1e-4)
 
 
 def test_divergence_is_a_problem_and_no_result(tmp_path: Path) -> None:
     recipe = Recipe(epochs=3, learning_rate=1e30, batch_size=4, micro_batch_size=4, bf16=False)
     tuned = tune(refusing_model(), pad_tokenizer(), lesson(), recipe, seed=0, folder=tmp_path, progress=False)
-    assert tuned.problem is not None and "diverged" in tuned.problem
+    assert tuned.problem is not None
+    assert "diverged" in tuned.problem
     with pytest.raises(InputError, match="no rows"):
         tune(refusing_model(), pad_tokenizer(), [], recipe, seed=0, folder=tmp_path)
 
 
 # Whole studies. Risky rows answer the harmful requests' own form; the others are far from it.
 EVALUATION: dict[str, Any] = {
-    "prompts": HARMFUL, "benign_prompts": BENIGN, "judge": "keyword_prefix", "max_new_tokens": 10, "held_out": 4, "perplexity": False,
+    "prompts": HARMFUL, "benign_prompts": BENIGN, "judge": "keyword_prefix", "max_new_tokens": 10, "held_out": 4,
+    "perplexity": False,
 }  # fmt: skip
 
 
@@ -243,7 +259,14 @@ def scored_rows() -> Dataset:
 
 
 def subject(model: Any = None, **recipe: Any) -> Subject:
-    options = {"epochs": 10, "learning_rate": 5e-3, "batch_size": 4, "micro_batch_size": 4, "bf16": False, "seeds": (0, 1)} | recipe
+    options = {
+        "epochs": 10,
+        "learning_rate": 5e-3,
+        "batch_size": 4,
+        "micro_batch_size": 4,
+        "bf16": False,
+        "seeds": (0, 1),
+    } | recipe
     return Subject(model or refusing_model(), pad_tokenizer(), AttackRecipe(**options), Evaluation(**EVALUATION))
 
 
@@ -258,13 +281,15 @@ def test_a_study_tells_risky_rows_from_harmless_ones(tmp_path: Path) -> None:
     estimates: list[tuple[int, float]] = []
     found = run(s, made, tmp_path, {"model": "tiny"}, on_estimate=lambda *e: estimates.append(e))
     summary = summarize(found, made)
-    assert estimates[0][0] == len(made.runs) and estimates[0][1] > 0
+    assert estimates[0][0] == len(made.runs)
+    assert estimates[0][1] > 0
     arms = summary["arms"]
     assert arms["before"]["attack_success_rate"]["mean"] == 0
     assert arms["top"]["attack_success_rate"]["mean"] > 0.5 > arms["bottom"]["attack_success_rate"]["mean"]
     assert summary["separates"] is True
     assert summary["differences"]["top - bottom"]["interval"][0] > 0
-    assert set(summary["bins"]) == {"risk_test"} and summary["defence"]["filtered:0.3"]["held_out_loss_against_all"] is not None
+    assert set(summary["bins"]) == {"risk_test"}
+    assert summary["defence"]["filtered:0.3"]["held_out_loss_against_all"] is not None
     assert summary["datamodel"]["risk_test"]["margin"]["n"] == 8
     for name, tensor in s.model.state_dict().items():
         assert torch.equal(tensor, weights[name])  # the model under test stays as it was
@@ -358,4 +383,5 @@ def test_plans_refuse_what_cannot_be_compared() -> None:
         plan(s, scored_rows(), arms=["best"], k=4)
     unscored = scored_rows().map(lambda row, i: {"risk_test": None if i == 0 else row["risk_test"]}, with_indices=True)
     made = plan(s, unscored, arms=["top"], k=4)
-    assert 0 not in made.pool.rows and 0 not in made.held_out
+    assert 0 not in made.pool.rows
+    assert 0 not in made.held_out

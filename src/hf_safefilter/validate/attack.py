@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import logging
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -18,12 +19,14 @@ from ..chat import ChatEncoder, Example
 from ..engine.batching import collate
 from ..engine.loading import context_length, resolve_dtype
 from ..engine.passes import Engine, Needs, Reference
-from ..errors import EvaluationError, InputError, UnscorableRow
+from ..errors import EvaluationError, UnscorableRow
 from ..formats import Layout, to_conversation
 from ..refusal.monitor import Check, RefusalMonitor
 from ..refusal.prompts import Side, load_prompts
 from ..tuning import tune
 from .recipe import AttackRecipe, Evaluation
+
+logger = logging.getLogger(__name__)
 
 # Over this share of answers that are not language, a model is broken, not unsafe.
 MAX_INCOHERENT = 0.5
@@ -62,7 +65,7 @@ class Subject:
     """The model under test, kept as it was, with what it is tuned and measured with.
 
     Args:
-        model: a loaded causal language model in float32 (with LoRA, in any dtype).
+        model: a loaded causal language model, best in float32: small steps vanish in 16-bit weights (not with LoRA).
         tokenizer: its tokenizer.
         recipe: how attacks fine-tune.
         evaluation: how results are measured.
@@ -72,6 +75,11 @@ class Subject:
     """
 
     def __init__(self, model: Any, tokenizer: Any, recipe: AttackRecipe, evaluation: Evaluation) -> None:
+        kind = next(model.parameters()).dtype
+        if recipe.lora_rank is None and kind.itemsize < 4:
+            logger.warning(
+                "full fine-tuning of %s weights: small steps vanish in their rounding; float32 does not lose them", kind
+            )
         self.model, self.tokenizer, self.recipe, self.evaluation = model, tokenizer, recipe, evaluation
         length = min(recipe.max_length, context_length(model))
         self.encoder = ChatEncoder(tokenizer, length)
@@ -179,13 +187,6 @@ class Subject:
             return None
         losses = Engine(model, 2048).collect(list(held_out), Needs(loss=True), Reference()).loss
         return float(np.mean(losses.tolist()))
-
-
-def check_dtype(model: Any, recipe: AttackRecipe) -> None:
-    """Raise `InputError` where the recipe would train 16-bit weights: small steps vanish in their rounding."""
-    kind = next(model.parameters()).dtype
-    if recipe.lora_rank is None and kind.itemsize < 4:
-        raise InputError(f"full fine-tuning needs the model in float32, this one is {kind}: load it with dtype='float32'")
 
 
 def _gibberish(check: Check) -> str | None:
