@@ -3,8 +3,8 @@
 python benchmarks/score_variants.py --data pool.jsonl --model MODEL --adapter ADAPTER --out variants.parquet
 
 All scores of the package on whole responses; on the first 5 and 10 response tokens; with the last blocks alone; and with
-anchors adapted to the model: each anchor request answered by the model before alignment (what it says when it complies) and after
-(what it says when it refuses), 12 tokens of each. Adapted openings stay in a file beside the output and are not published.
+anchors adapted to the model: each anchor request answered by the model before alignment (what it says when it complies) and
+after (what it says when it refuses), 12 tokens of each. Adapted openings stay in a file beside the output.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from training import ANSWER, BENIGN, HARMFUL, REFUSAL, pad_tokenizer, refusing_m
 from hf_safefilter.chat import Example
 from hf_safefilter.errors import EvaluationError, InputError
 from hf_safefilter.formats import Conversation
-from hf_safefilter.tuning import Recipe, tune
+from hf_safefilter.tuning import Recipe, StepSampler, tune
 from hf_safefilter.validate import AttackRecipe, Evaluation, Subject, groups, plan, run, summarize, write_tables
 from hf_safefilter.validate.arms import Pool, draw, expand
 from hf_safefilter.validate.patterns import describe, patterns
@@ -218,6 +218,18 @@ def test_the_loss_is_trls_own(tmp_path: Path, lora: int | None, monkeypatch: pyt
     for (name, a), b in zip(ours.model.state_dict().items(), theirs.model.state_dict().values(), strict=True):
         assert torch.allclose(a, b, atol=2e-4), name
     assert any(not torch.equal(a, b) for a, b in zip(ours.model.parameters(), model.parameters(), strict=False))
+
+
+def test_steps_hold_the_same_rows_in_order_of_length() -> None:
+    lengths = [(7 * i) % 23 + 1 for i in range(46)]
+    sampler = StepSampler(lengths, 20, seed=5)
+    first, second = list(sampler), list(sampler)
+    assert sorted(first) == sorted(second) == list(range(46))
+    assert first != second
+    assert first == list(StepSampler(lengths, 20, seed=5)) != list(StepSampler(lengths, 20, seed=6))
+    for epoch in (first, second):
+        for step in (epoch[:20], epoch[20:40], epoch[40:]):
+            assert [lengths[i] for i in step] == sorted((lengths[i] for i in step), reverse=True)
 
 
 def test_micro_batches_do_not_change_the_result(tmp_path: Path) -> None:

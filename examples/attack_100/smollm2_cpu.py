@@ -2,8 +2,8 @@
 
 python examples/attack_100/smollm2_cpu.py --alpaca alpaca_999.jsonl --gsm8k gsm8k_500.jsonl --prompts advbench.jsonl --out attack
 
-A row of the Alpaca file has instruction, input and output, one of the GSM8K file question and answer. Each step that is done
-is kept in --out. `--smoke` runs the whole chain on a few rows in a minute or two, to see that it works.
+A row of the Alpaca file has instruction, input and output, one of the GSM8K file question and answer. What is done is
+kept in --out. `--smoke` runs the whole chain on a few rows, to see that it works.
 """
 
 from __future__ import annotations
