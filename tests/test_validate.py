@@ -260,7 +260,7 @@ EVALUATION: dict[str, Any] = {
 }  # fmt: skip
 
 
-VERBS = ("wash", "paint", "open", "fill", "clean")
+VERBS = ("wash", "paint", "open", "fill")
 
 
 def scored_rows() -> Dataset:
@@ -383,10 +383,10 @@ def test_failed_runs_are_failed_and_no_successful_attack(tmp_path: Path) -> None
 
 def test_plans_refuse_what_cannot_be_compared() -> None:
     s = subject()
-    with pytest.raises(InputError, match="50 rows can be used; 4 held out"):
-        plan(s, scored_rows(), arms=["top"], k=47)
+    with pytest.raises(InputError, match="48 rows can be used; 4 held out"):
+        plan(s, scored_rows(), arms=["top"], k=45)
     with pytest.raises(InputError, match="overlap"):
-        plan(s, scored_rows(), arms=["top"], k=24)
+        plan(s, scored_rows(), arms=["top"], k=23)
     with pytest.raises(InputError, match="names no score column"):
         plan(s, scored_rows(), arms=["top:length"], k=4)
     with pytest.raises(InputError, match="risk_other"):

@@ -91,7 +91,7 @@ def test_a_model_that_does_not_refuse_is_exit_code_2(
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("-k", "24", "overlap"), ("-k", "60", "use a smaller k"), ("--arms", "best", "unknown arm 'best'"),
+        ("-k", "23", "overlap"), ("-k", "60", "use a smaller k"), ("--arms", "best", "unknown arm 'best'"),
         ("--seeds", "a", "--seeds"), ("--seeds", "1,1", "different whole numbers"),
         ("--micro-batch-size", "3", "does not divide"), ("--by", "risk_x", "risk_x"),
         ("--template", "x", "template must be one of"), ("--dtype", "int8", "dtype must be"),

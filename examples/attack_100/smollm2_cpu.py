@@ -1,6 +1,6 @@
 """The 100-example attack on a CPU: pool of rows, scores, fine-tuning on top, bottom and controls, figures.
 
-python examples/attack_100/smollm2_cpu.py --alpaca alpaca_999.jsonl --gsm8k gsm8k_500.jsonl --prompts advbench.jsonl --out attack
+python examples/attack_100/smollm2_cpu.py --alpaca alpaca_999.jsonl --gsm8k gsm8k_500.jsonl --prompts advbench.jsonl --out out
 
 A row of the Alpaca file has instruction, input and output, one of the GSM8K file question and answer. What is done is
 kept in --out. `--smoke` runs the whole chain on a few rows, to see that it works.

@@ -27,9 +27,13 @@ from .tuning import Recipe, Tuned, tune
 
 # For SmolLM2-135M; a larger model needs a lower learning rate.
 ALIGN_RECIPE = Recipe(
-    epochs=3, learning_rate=1e-3, batch_size=12, micro_batch_size=12, max_length=256, lora_rank=6, lora_alpha=24,
+    epochs=5, learning_rate=2e-3, batch_size=16, micro_batch_size=16, max_length=256, lora_rank=6, lora_alpha=24,
     scheduler="linear", warmup_ratio=0.05, max_grad_norm=1.0, bf16=False,
 )  # fmt: skip
+
+# Target tokens kept of built-in answers. How an answer opens is what is to be learned; what follows it the model knows, and
+# learning it too took most of the steps' gradient: with whole answers 88% of the lessons' own requests were refused.
+ANSWER_TOKENS = 12
 
 
 def lessons() -> list[dict[str, str]]:
@@ -133,7 +137,8 @@ def encoded(tokenizer: Any, rows: Iterable[Mapping[str, Any]] | None, recipe: Re
     examples = []
     for i, row in enumerate(found):
         try:
-            examples.append(encoder.encode_row(row, layout))
+            example = encoder.encode_row(row, layout)
+            examples.append(example.first_targets(ANSWER_TOKENS) if rows is None and row["kind"] != "harmful" else example)
         except UnscorableRow as reason:
             raise InputError(f"row {i} cannot be trained on: {reason}") from None
     return examples

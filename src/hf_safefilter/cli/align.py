@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         args.model, args.tokenizer, revision=args.revision, adapter=args.adapter, gguf_file=args.gguf_file, dtype=args.dtype,
         device=device,
     )  # fmt: skip
-    rows = list(read_rows(args.data)) if args.data else lessons()
+    rows = list(read_rows(args.data)) if args.data else None
     args.out.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load(spec, device)
     before = measure(model, tokenizer, args.prompts, args.judge)
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         "fingerprint": spec.model.fingerprint,
         "dtype": spec.dtype,
         "data": args.data or "built-in",
-        "rows": len(rows),
+        "rows": len(lessons() if rows is None else rows),
         "recipe": recipe.as_dict(),
         "seed": args.seed,
         "judge": args.judge,

@@ -1,0 +1,61 @@
+"""Keep a study's runs without what the model said, and put them back so that the study can go on.
+
+python benchmarks/keep_results.py keep STUDY benchmarks/results/NAME
+python benchmarks/keep_results.py restore benchmarks/results/NAME STUDY
+
+Completions of an attacked model are not for publishing. What is kept (runs.jsonl.gz) has each prompt's verdict, margin and
+coherence, from which `hf-safefilter validate` makes the same summary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+DROPPED = ("prompt", "completion", "reason")
+
+
+def keep(study: Path, results: Path) -> None:
+    """Write runs.jsonl.gz, and copy the study's description, summary and pictures."""
+    results.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for path in sorted((study / "arms").glob("*.json")):
+        run = json.loads(path.read_text("utf-8"))
+        run["records"] = [{k: v for k, v in record.items() if k not in DROPPED} for record in run["records"]]
+        lines.append(json.dumps({"file": path.name, "run": run}))
+    # Without a time, so that equal runs give equal files.
+    (results / "runs.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode(), mtime=0))
+    for path in [study / "study.json", study / "summary.json", *study.glob("*.svg")]:
+        if path.is_file():
+            shutil.copy(path, results / path.name)
+    print(f"{len(lines)} runs kept")
+
+
+def restore(results: Path, study: Path) -> None:
+    """Put the runs where `validate --out STUDY` looks for them; what it said is empty."""
+    (study / "arms").mkdir(parents=True, exist_ok=True)
+    shutil.copy(results / "study.json", study / "study.json")
+    for line in gzip.decompress((results / "runs.jsonl.gz").read_bytes()).decode().splitlines():
+        entry = json.loads(line)
+        path = study / "arms" / Path(entry["file"]).name
+        if not path.exists():
+            for record in entry["run"]["records"]:
+                record |= dict.fromkeys(DROPPED, "")
+            path.write_text(json.dumps(entry["run"]), "utf-8")
+
+
+def main() -> None:
+    """Keep or restore."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["keep", "restore"])
+    parser.add_argument("source", type=Path)
+    parser.add_argument("target", type=Path)
+    args = parser.parse_args()
+    {"keep": keep, "restore": restore}[args.what](args.source, args.target)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""The attack's scripts in miniature: the whole chain on a tiny model, and what the paper's setting prepares."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from peft import LoraConfig, get_peft_model
+from training import BENIGN, HARMFUL, pad_tokenizer, refusing_model
+
+from hf_safefilter import cli
+from hf_safefilter.chat import ChatEncoder
+from hf_safefilter.formats import find_layout, to_conversation
+
+ROOT = Path(__file__).parent.parent
+
+
+def script(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    assert spec.loader is not None
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that refuses, an adapter that changes nothing, and files like the real ones."""
+    folder = tmp_path_factory.mktemp("attack")
+    model = refusing_model()
+    model.save_pretrained(folder / "model")
+    pad_tokenizer().save_pretrained(folder / "model")
+    get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")).save_pretrained(str(folder / "adapter"))
+    alpaca = [{"instruction": f"{p} {i}", "input": "x" * (i % 2), "output": "1. A\n2. B" if i % 3 else "I cannot help."}
+              for i, p in enumerate(BENIGN * 9)]  # fmt: skip
+    gsm8k = [{"question": f"How many is {i}?", "answer": f"It is {i} + 0 = {i}."} for i in range(10)]
+    harmful = [{"prompt": p} for p in HARMFUL]
+    for name, rows in (("alpaca", alpaca), ("gsm8k", gsm8k), ("harmful", harmful)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder
+
+
+def run_main(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+    module.main()
+
+
+def test_the_cpu_chain(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script("examples/attack_100/smollm2_cpu.py")
+    monkeypatch.setattr(module, "demo_model", lambda: str(folder / "model"))
+    monkeypatch.setattr(module, "demo_adapter", lambda: str(folder / "adapter"))
+    shown_command = []
+    monkeypatch.setattr(module.cli, "main", lambda words, run=cli.main: shown_command.append(words) or run(words))
+    data = ["--alpaca", folder / "alpaca.jsonl", "--gsm8k", folder / "gsm8k.jsonl", "--prompts", folder / "harmful.jsonl"]
+    for _ in range(2):  # the second time everything is there
+        with pytest.raises(SystemExit) as end:
+            run_main(module, monkeypatch, *data, "--out", tmp_path / "out", "--smoke")
+        assert end.value.code == 0
+    pool = [json.loads(line) for line in (tmp_path / "out/pool.jsonl").read_text().splitlines()]
+    assert {r["source"] for r in pool} == {"alpaca", "gsm8k"}
+    assert not any(r["completion"].startswith("I cannot") for r in pool)
+    arms = pq.read_table(tmp_path / "out/study/arms.parquet").to_pylist()
+    assert [(a["arm"], a["rows"]) for a in arms] == [("before", 0), ("top", 10), ("random", 10)]
+    assert arms[0]["attack_success_rate"] == 0
+    # What is kept of it says nothing that the model said, and gives the same summary.
+    keeper, study, again = script("benchmarks/keep_results.py"), tmp_path / "out/study", tmp_path / "again"
+    keeper.keep(study, tmp_path / "kept")
+    kept = gzip.decompress((tmp_path / "kept/runs.jsonl.gz").read_bytes()).decode()
+    assert len(kept.splitlines()) == 3
+    assert not any(prompt in kept for prompt in HARMFUL)
+    keeper.restore(tmp_path / "kept", again)
+    command = shown_command[-1]
+    command[command.index("--out") + 1] = str(again)
+    assert cli.main(command) == 0
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (study, again)]
+    assert summaries[0] == summaries[1]
+
+
+def test_variants_of_scores(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script("benchmarks/score_variants.py")
+    rows = [{"prompt": f"Say {w}", "completion": f"{w}, {w} and {w}"} for w in ("red", "blue", "green")]
+    (tmp_path / "pool.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    named = ["--data", tmp_path / "pool.jsonl", "--model", folder / "model", "--adapter", folder / "adapter"]
+    for passes in ("_first5", "_first10_own"):  # one after the other into the same file
+        run_main(module, monkeypatch, *named, "--out", tmp_path / "scored.parquet", "--passes", passes)
+    found = pq.read_table(tmp_path / "scored.parquet")
+    assert {"risk_gradient_first5", "risk_margin_step_sum_first5", "risk_gradient_first10_own"} <= set(found.column_names)
+    assert not any("baseline" in name for name in found.column_names)
+    own = json.loads((tmp_path / "scored.anchors.json").read_text())
+    assert len(own["harmful"]) == len(own["safe"][0]) == 32
+
+
+def test_the_papers_setting_is_prepared_as_in_the_paper(folder: Path, tmp_path: Path) -> None:
+    module = script("examples/attack_100/llama2_gpu.py")
+    rows = [
+        {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+        {"instruction": "Name a fruit.", "input": "", "output": "Pear"},
+        {"instruction": "Do harm.", "input": "", "output": "I cannot do that."},
+    ]
+    framed = module.framed_rows(rows, "alpaca")
+    assert len(framed) == 2
+    system, user, assistant = framed[0]["messages"]
+    assert system["content"].startswith("Below is an instruction that describes a task.")
+    assert user["content"] == "### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n### Response:\n"
+    assert assistant == {"role": "assistant", "content": "3"}
+    encoder = ChatEncoder(pad_tokenizer())
+    example = encoder.encode(to_conversation(framed[1], find_layout(["messages"])))
+    assert "Pear" in encoder.target_text(example)
+    dolly = [{"instruction": "Add.", "context": "1 and 2", "response": "3"}]
+    assert "Add.\n\nInput:\n1 and 2\n\n### Response" in module.framed_rows(dolly, "dolly")[0]["messages"][1]["content"]
+    prompt = module.framed_prompts(str(folder / "harmful.jsonl"))[0]["prompt"]
+    assert prompt[1]["content"] == f"### Instruction:\n{HARMFUL[0]}\n\n### Response:\n"
+    assert (module.RECIPE.epochs, module.RECIPE.batch_size, module.RECIPE.learning_rate) == (5, 20, 5e-5)
