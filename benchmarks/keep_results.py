@@ -43,7 +43,7 @@ def restore(results: Path, study: Path) -> None:
         path = study / "arms" / Path(entry["file"]).name
         if not path.exists():
             for record in entry["run"]["records"]:
-                record |= dict.fromkeys(DROPPED, "")
+                record.update(dict.fromkeys(DROPPED, ""))
             path.write_text(json.dumps(entry["run"]), "utf-8")
 
 
