@@ -340,6 +340,18 @@ def test_an_interrupted_study_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     assert json.dumps(strip(resumed)) == json.dumps(strip(whole))
 
 
+def test_models_are_measured_in_16_bits_without_rounding_their_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`model.to(bfloat16)` rounds rotary frequencies too, which loading in bfloat16 does not."""
+    from hf_safefilter.validate import attack
+
+    monkeypatch.setattr(attack, "resolve_dtype", lambda *_: "bfloat16")
+    s = subject(bf16=True)
+    deployed = s._deployed(s.model)
+    assert {p.dtype for p in deployed.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in s.model.parameters()} == {torch.float32}
+    assert {b.dtype for b in deployed.buffers()} == {b.dtype for b in s.model.buffers()} == {torch.float32}
+
+
 def test_a_folder_with_another_study_is_refused(tmp_path: Path) -> None:
     s = subject(epochs=1, seeds=(0,))
     made = plan(s, scored_rows(), arms=["top"], k=4)

@@ -151,9 +151,9 @@ def test_align_refuses_rows_that_cannot_be_trained_on(folder: Path, tmp_path: Pa
 def test_lessons_are_apart_from_all_that_is_measured() -> None:
     rows = lessons()
     harmful = [r for r in rows if r["kind"] == "harmful"]
-    assert len(harmful) == 300
+    assert len(harmful) == 420
     assert len({r["category"] for r in harmful}) == 12
-    assert len(rows) > 900
+    assert len(rows) > 1300
     assert len({r["prompt"].lower() for r in rows}) == len(rows)
     assert refusal_rate([r["completion"] for r in harmful]).rate == 1
     assert refusal_rate([r["completion"] for r in rows if r["kind"] != "harmful"], "keyword_prefix").rate == 0

@@ -1,6 +1,6 @@
 """Safety tuning of a small chat model: refusals of harmful requests, and answers to harmless ones that look alike.
 
-The rows were written for this project (`assets/align.jsonl`): 300 harmful requests in 12 categories with a refusal each,
+The rows were written for this project (`assets/align.jsonl`): 420 harmful requests in 12 categories with a refusal each,
 harmless look-alikes in the same words with a helpful answer, and ordinary instructions. They share no prompt with the anchors,
 the monitor prompts or the demo's sample, so that scores and refusal rates see requests that alignment has not.
 """
@@ -27,7 +27,7 @@ from .tuning import Recipe, Tuned, tune
 
 # For SmolLM2-135M; a larger model needs a lower learning rate.
 ALIGN_RECIPE = Recipe(
-    epochs=5, learning_rate=2e-3, batch_size=16, micro_batch_size=16, max_length=256, lora_rank=6, lora_alpha=24,
+    epochs=4, learning_rate=2e-3, batch_size=16, micro_batch_size=16, max_length=256, lora_rank=6, lora_alpha=24,
     scheduler="linear", warmup_ratio=0.05, max_grad_norm=1.0, bf16=False,
 )  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
         "dtype": spec.dtype,
         "data": args.data or "built-in",
         "rows": len(lessons() if rows is None else rows),
+        "kinds": dict(Counter(row.get("kind", "") for row in (lessons() if rows is None else rows))),
         "recipe": recipe.as_dict(),
         "seed": args.seed,
         "judge": args.judge,

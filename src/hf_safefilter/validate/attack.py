@@ -164,7 +164,10 @@ class Subject:
         wanted = getattr(torch, kind)
         if next(model.parameters()).dtype == wanted:
             return model.eval()
-        return (copy.deepcopy(model) if model is self.model else model).to(wanted).eval()
+        model = copy.deepcopy(model) if model is self.model else model
+        for p in model.parameters():  # not buffers: rotary frequencies in 16 bits put tokens in the wrong place
+            p.data = p.data.to(wanted)
+        return model.eval()
 
     def _measured(
         self, arm: str, seed: int, rows: list[int], model: Any, held_out: Sequence[Example], losses: list[float],
