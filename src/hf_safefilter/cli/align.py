@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import EvaluationError
 from .files import read_rows
-from .score import add_model_arguments, versions, write_json
+from .score import add_model_arguments, model_spec, versions, write_json
 from .show import table
 
 ACCOUNT_FILE, CARD_FILE = "align.json", "README.md"
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from tempfile import TemporaryDirectory
 
     from ..align import ALIGN_RECIPE, align, lessons, measure, save_adapter
-    from ..engine.loading import default_device, load, named_spec
+    from ..engine.loading import default_device, load
     from ..refusal.monitor import check_share
 
     check_share("--min-refusal-rate", args.min_refusal_rate)
@@ -56,10 +56,7 @@ def run(args: argparse.Namespace) -> int:
         changes["lora_alpha"] = 4 * args.lora_rank
     recipe = replace(ALIGN_RECIPE, **changes)
     device = args.device or default_device()
-    spec = named_spec(
-        args.model, args.tokenizer, revision=args.revision, adapter=args.adapter, gguf_file=args.gguf_file, dtype=args.dtype,
-        device=device,
-    )  # fmt: skip
+    spec = model_spec(args, device)
     rows = list(read_rows(args.data)) if args.data else None
     args.out.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load(spec, device)

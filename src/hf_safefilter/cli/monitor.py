@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EvaluationError
-from .score import add_model_arguments, versions, write_json
+from .score import add_model_arguments, model_spec, versions, write_json
 from .show import table
 
 CHECK_FILE, ANSWERS_FILE = "check.json", "answers.jsonl"
@@ -43,15 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
     check_share("--min-refusal-rate", args.min_refusal_rate)
     device = args.device or default_device()
-    spec = named_spec(
-        args.model,
-        args.tokenizer,
-        revision=args.revision,
-        adapter=args.adapter,
-        gguf_file=args.gguf_file,
-        dtype=args.dtype,
-        device=device,
-    )
+    spec = model_spec(args, device)
     base_spec = named_spec(args.base, dtype=args.dtype, device=device) if args.base else None
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from .show import row_text, table
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from ..engine.loading import ModelSpec
     from ..scorer import SafetyRiskScorer
 
 RUN_FILE = "run.json"
@@ -71,6 +72,21 @@ def add_model_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--tokenizer", help="a tokenizer's folder or Hub id (default: the model's own)")
     p.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (default: auto)")
     p.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+
+
+def model_spec(args: argparse.Namespace, device: str, dtype: str | None = None) -> ModelSpec:
+    """What the shared arguments say to load; `dtype` instead of the argument where given."""
+    from ..engine.loading import named_spec
+
+    return named_spec(
+        args.model,
+        args.tokenizer,
+        revision=args.revision,
+        adapter=args.adapter,
+        gguf_file=args.gguf_file,
+        dtype=dtype or args.dtype,
+        device=device,
+    )
 
 
 def build_scorer(args: argparse.Namespace, scores: Sequence[Any], **options: Any) -> SafetyRiskScorer:

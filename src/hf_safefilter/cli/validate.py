@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import EvaluationError, InputError
 from .files import read_rows
-from .score import add_model_arguments, columns_argument, versions, write_json
+from .score import add_model_arguments, columns_argument, model_spec, versions, write_json
 from .show import table
 
 
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     seeds = _seeds(args.seeds)
     names = [name.strip() for name in args.arms.split(",") if name.strip()]
     columns = columns_argument(args.columns)
-    from ..engine.loading import default_device, load, named_spec
+    from ..engine.loading import default_device, load
     from ..validate import AttackRecipe, Evaluation, Subject, groups, plan, study, summarize, write_tables
     from ..validate.arms import expand
 
@@ -83,10 +83,7 @@ def run(args: argparse.Namespace) -> int:
     device = args.device or default_device()
     # Weights are trained in float32 whatever they come in.
     dtype = "float32" if args.dtype == "auto" else args.dtype
-    spec = named_spec(
-        args.model, args.tokenizer, revision=args.revision, adapter=args.adapter, gguf_file=args.gguf_file, dtype=dtype,
-        device=device,
-    )  # fmt: skip
+    spec = model_spec(args, device, dtype)
     model, tokenizer = load(spec, device)
     subject = Subject(model, tokenizer, recipe, evaluation)
     made = plan(subject, scored, arms=names, k=args.k, by=args.by, columns=columns)
