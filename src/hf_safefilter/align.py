@@ -27,7 +27,7 @@ from .tuning import Recipe, Tuned, tune
 
 # For SmolLM2-135M; a larger model needs a lower learning rate.
 ALIGN_RECIPE = Recipe(
-    epochs=4, learning_rate=2e-3, batch_size=16, micro_batch_size=16, max_length=256, lora_rank=6, lora_alpha=24,
+    epochs=6, learning_rate=2e-3, batch_size=16, micro_batch_size=16, max_length=256, lora_rank=6, lora_alpha=24,
     scheduler="linear", warmup_ratio=0.05, max_grad_norm=1.0, bf16=False,
 )  # fmt: skip
 

@@ -43,7 +43,8 @@ COMPLETIONS_FILE, ARMS_FILE = "completions.parquet", "arms.parquet"
 class Plan:
     """What a study compares, ready to run: `runs` of (arm, seed, dataset rows), and the encoded rows.
 
-    `held_out` are the rows that no arm trains on, `pool` what arms draw from, `texts` [dataset] the responses.
+    `held_out` are the rows that no arm trains on, `pool` what arms draw from, `texts` [dataset] the responses, `scores` all score
+    columns [dataset] and the baselines length and list format.
     """
 
     runs: list[tuple[str, int, list[int]]]
@@ -52,6 +53,7 @@ class Plan:
     examples: list[Example | None]
     texts: list[str]
     kinds: list[Any] | None
+    scores: dict[str, np.ndarray]
 
     def encoded(self, rows: Sequence[int]) -> list[Example]:
         """The rows' examples."""
@@ -105,7 +107,10 @@ def plan(
     )
     runs = [(name, seed, draw(name, pool, k, seed)) for seed in subject.recipe.seeds for name in names]
     kinds = next((list(scored[c]) for c in ("kind", "source", "category") if c in scored.column_names), None)
-    return Plan(runs, pool, held_out.tolist(), examples, texts, kinds)
+    scores = {name: score_values(scored, [name]) for name in score_columns(scored)}
+    scores |= {"length": np.array([0 if e is None else len(e.target_positions) for e in examples])}
+    scores |= {"list": np.array([float(is_list(text)) for text in texts])}
+    return Plan(runs, pool, held_out.tolist(), examples, texts, kinds, scores)
 
 
 def run(

@@ -58,13 +58,11 @@ def datamodel(sound: Mapping[str, Sequence[Outcome]], made: Plan) -> dict[str, A
     runs = [o for arm, several in sound.items() if arm.startswith("subset_") for o in several]
     if len(runs) < 3:
         return {}
-    place = {row: i for i, row in enumerate(made.pool.rows.tolist())}
     success_rates = [o.check["harmful"]["attack_success_rate"] for o in runs]
     margins = [-(o.check["margin"] or {}).get("mean", np.nan) for o in runs]
-    scores = {**made.pool.risks, "length": made.pool.lengths, "list": made.pool.lists.astype(float)}
     table = {}
-    for name, values in scores.items():
-        means = [float(np.mean(values[[place[r] for r in o.rows]])) for o in runs]
+    for name, values in made.scores.items():
+        means = [float(np.nanmean(values[o.rows])) for o in runs]
         table[name] = {"attack_success_rate": correlation(means, success_rates), "margin": correlation(means, margins)}
     return table
 
