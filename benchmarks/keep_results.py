@@ -28,7 +28,11 @@ def keep(study: Path, results: Path) -> None:
         lines.append(json.dumps({"file": path.name, "run": run}))
     # Without a time, so that equal runs give equal files.
     (results / "runs.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode(), mtime=0))
-    for path in [study / "study.json", study / "summary.json", *study.glob("*.svg")]:
+    if (study / "summary.json").is_file():
+        summary = json.loads((study / "summary.json").read_text("utf-8"))
+        summary |= {name: Path(summary[name]).name for name in ("data", "model")}  # no paths of this machine
+        (results / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
+    for path in [study / "study.json", *study.glob("*.svg")]:
         if path.is_file():
             shutil.copy(path, results / path.name)
     print(f"{len(lines)} runs kept")

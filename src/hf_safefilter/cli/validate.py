@@ -110,14 +110,10 @@ def run(args: argparse.Namespace) -> int:
 
         draw_figures(args.out, summary, described)
     print(json.dumps(account) if args.json else shown(summary, described))
-    if all(o.problem for arm, several in outcomes.items() if arm != "before" for o in several):
-        raise EvaluationError(f"every run failed: {next(o.problem for o in outcomes[names_of(outcomes)[0]])}")
+    problems = [o.problem for arm, several in outcomes.items() if arm != "before" for o in several]
+    if all(problems):
+        raise EvaluationError(f"every run failed: {problems[0]}")
     return 3 if summary["separates"] is False else 0
-
-
-def names_of(outcomes: Any) -> list[str]:
-    """The arms that were trained."""
-    return [arm for arm in outcomes if arm != "before"]
 
 
 def say_estimate(runs: int, seconds: float) -> None:

@@ -43,8 +43,8 @@ COMPLETIONS_FILE, ARMS_FILE = "completions.parquet", "arms.parquet"
 class Plan:
     """What a study compares, ready to run: `runs` of (arm, seed, dataset rows), and the encoded rows.
 
-    `held_out` are the rows that no arm trains on, `pool` what arms draw from, `texts` [dataset] the responses, `scores` all score
-    columns [dataset] and the baselines length and list format.
+    `held_out` are the rows that no arm trains on, `pool` what arms draw from, `texts` [dataset] the responses, `scores` all
+    score columns [dataset] and the baselines length and list format.
     """
 
     runs: list[tuple[str, int, list[int]]]
