@@ -25,7 +25,7 @@ from hf_safefilter.validate import AttackRecipe, Evaluation, Subject
 
 
 class Watch(TrainerCallback):
-    """Checks a 16-bit copy after some steps, as a study does at the end."""
+    """Checks the model itself after some steps: TRL binds forward to it, so that a copy would still run the original."""
 
     def __init__(self, subject: Subject, steps: set[int]) -> None:
         self.subject, self.steps = subject, steps
@@ -33,7 +33,7 @@ class Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Check and print."""
         if state.global_step in self.steps:
-            check = self.subject.monitor.check(self.subject._deployed(copy.deepcopy(model)), perplexity=False)
+            check = self.subject.monitor.check(model, perplexity=False)
             line = {"step": state.global_step, "refused": check.rate, "look_alikes_refused": check.benign.rate}
             print(json.dumps(line | check.margin_metrics()), flush=True)
 

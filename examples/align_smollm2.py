@@ -2,7 +2,7 @@
 
 python examples/align_smollm2.py --out aligned [--prompts advbench.jsonl]
 
-About 12 minutes on two cores that multiply bfloat16 fast. The same as
+About 20 minutes on two cores that multiply bfloat16 fast. The same as
 
     hf-safefilter align PATH/TO/SmolLM2-135M-Instruct.gguf --out aligned --base-name HuggingFaceTB/SmolLM2-135M-Instruct
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,8 +17,6 @@ from .engine.backward import Targets, inputs, predicting_positions
 from .engine.batching import Batch
 from .errors import InputError
 
-logger = logging.getLogger(__name__)
-
 try:
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
@@ -29,7 +26,7 @@ except ImportError as error:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to fine-tune. The defaults are those of He et al. 2024, section 1.4 of their appendix and released scripts.
+    """How to fine-tune. The defaults are those of He et al. 2024's released scripts, but for a constant learning rate.
 
     Args:
         epochs: passes over the rows.

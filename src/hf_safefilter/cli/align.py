@@ -65,14 +65,15 @@ def run(args: argparse.Namespace) -> int:
         tuned = align(model, tokenizer, rows, recipe, seed=args.seed, folder=Path(folder), progress=not args.quiet)
     if tuned.problem:
         raise EvaluationError(f"{tuned.problem}; try a lower --learning-rate")
+    taught = lessons() if rows is None else rows
     account = {
         "command": "align",
         "model": args.base_name or args.model,
         "fingerprint": spec.model.fingerprint,
         "dtype": spec.dtype,
         "data": args.data or "built-in",
-        "rows": len(lessons() if rows is None else rows),
-        "kinds": dict(Counter(row.get("kind", "") for row in (lessons() if rows is None else rows))),
+        "rows": len(taught),
+        "kinds": dict(Counter(row.get("kind", "") for row in taught)),
         "recipe": recipe.as_dict(),
         "seed": args.seed,
         "judge": args.judge,
