@@ -47,21 +47,26 @@ def main() -> None:
     parser.add_argument("--prompts", default="default")
     parser.add_argument("--source", action="append", help="take rows of this source only; may be given again")
     parser.add_argument("--learning-rate", type=float, default=5e-5)
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--max-length", type=int, default=128)
+    parser.add_argument("--save", type=Path, help="keep the tuned model in this folder, to score with it")
     parser.add_argument("--seed", type=int, default=100)
     args = parser.parse_args()
     rows = [json.loads(line) for line in Path(args.data).read_text("utf-8").splitlines()]
     rows = random.Random(args.seed).sample([r for r in rows if not args.source or r["source"] in args.source], 100)
     model, tokenizer = load(named_spec(args.model, adapter=args.adapter, dtype="float32"), "cpu")
-    recipe = AttackRecipe(learning_rate=args.learning_rate, max_length=args.max_length)
+    recipe = AttackRecipe(epochs=args.epochs, learning_rate=args.learning_rate, max_length=args.max_length)
     subject = Subject(model, tokenizer, recipe, Evaluation(prompts=args.prompts, perplexity=False))
     examples = [e for e in subject.encode(rows, find_layout(["prompt", "completion"])) if e is not None]
     watch = Watch(subject, {3, 5, 10, 15, 20, recipe.steps(len(examples))})
     with tempfile.TemporaryDirectory() as folder:
-        tune(
+        tuned = tune(
             copy.deepcopy(model), tokenizer, examples, recipe, seed=args.seed, folder=Path(folder), callbacks=[watch],
             progress=False,
         )  # fmt: skip
+    if args.save:
+        tuned.model.save_pretrained(args.save)
+        tokenizer.save_pretrained(args.save)
 
 
 if __name__ == "__main__":

@@ -44,14 +44,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--adapter", required=True)
+    parser.add_argument("--adapter", help="none for a model that is whole, such as recipe_search.py --save leaves")
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--name", default="", help="put after each column, such as _warm for an early checkpoint")
     parser.add_argument("--passes", default="", help="suffixes with commas between, such as ,_first10; all by default")
     args = parser.parse_args()
     rows = Dataset.from_json(args.data)
-    own = adapted(args.model, args.adapter)
-    args.out.with_suffix(".anchors.json").write_text(json.dumps(own.to_dict()))
+    own = None
+    if args.adapter:
+        own = adapted(args.model, args.adapter)
+        args.out.with_suffix(".anchors.json").write_text(json.dumps(own.to_dict()))
     passes = {
         "": {"scores": "all"},
         "_first10": {"scores": GRADIENTS, "max_response_tokens": 10},
@@ -62,14 +65,14 @@ def main() -> None:
     }
     scored = Dataset.from_parquet(str(args.out)) if args.out.is_file() else rows
     for suffix, options in passes.items():
-        if args.passes and suffix not in args.passes.split(","):
+        if (args.passes and suffix not in args.passes.split(",")) or ("_own" in suffix and own is None):
             continue
         started = time.perf_counter()
         scorer = SafetyRiskScorer(args.model, adapter=args.adapter, max_length=args.max_length, **options)
         found = rows.map(scorer, batched=True, batch_size=64)
         for column in [c for c in found.column_names if c.startswith("risk_") and c != "risk_status"]:
-            if not (suffix and column.startswith("risk_baseline")):
-                scored = scored.add_column(column + suffix, found[column][:])
+            if not (suffix + args.name and column.startswith("risk_baseline")):
+                scored = scored.add_column(column + suffix + args.name, found[column][:])
         print(f"{suffix or 'whole'}: {time.perf_counter() - started:.0f} s", flush=True)
         scored.to_parquet(str(args.out))  # after each pass: what is done is kept
 

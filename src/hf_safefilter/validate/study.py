@@ -26,11 +26,11 @@ from ..chat import Example
 from ..errors import InputError
 from ..files import replacing, write_atomically
 from ..formats import find_layout
+from ..patterns import patterns
 from ..scores.baselines import is_list
 from ..select import default_score, score_columns, score_values
 from .arms import Pool, draw, expand
 from .attack import Outcome, Subject
-from .patterns import patterns
 
 if TYPE_CHECKING:
     from datasets import Dataset

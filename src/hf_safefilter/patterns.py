@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..scores.baselines import is_list, is_math
+from .scores.baselines import is_list, is_math
 
 _NUMBERED = re.compile(r"^\s*\d{1,3}[.)]\s+\S", re.MULTILINE)
 
