@@ -4,7 +4,8 @@ python benchmarks/score_variants.py --data pool.jsonl --model MODEL --adapter AD
 
 All scores of the package on whole responses; on the first 5 and 10 response tokens; with the last blocks alone; and with
 anchors adapted to the model: each anchor request answered by the model before alignment (what it says when it complies) and
-after (what it says when it refuses), 12 tokens of each. Adapted openings stay in a file beside the output.
+after (what it says when it refuses), 12 tokens of each. Adapted openings stay in a file beside the output, and so do parts of
+a pass: what was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ import json
 import time
 from pathlib import Path
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from hf_safefilter import AnchorSet, SafetyRiskScorer
 from hf_safefilter.chat import ChatEncoder
 from hf_safefilter.engine.loading import load, named_spec
+from hf_safefilter.files import replacing
 from hf_safefilter.refusal.generation import generate
 from hf_safefilter.refusal.prompts import load_prompts, prompt_ids
 
+PART = 200  # rows
 GRADIENTS = ("gradient", "gradient_modulewise", "margin_step", "self_influence")
 
 
@@ -39,6 +42,20 @@ def adapted(model: str, adapter: str) -> AnchorSet:
     return AnchorSet(sides[0], [sides[1]], name="adapted")
 
 
+def scored_in_parts(rows: Dataset, scorer: SafetyRiskScorer, folder: Path, name: str) -> Dataset:
+    """All rows scored; a part that is in the folder is not scored again."""
+    folder.mkdir(exist_ok=True)
+    parts = []
+    for start in range(0, len(rows), PART):
+        path = folder / f"{name or 'whole'}-{scorer.fingerprint[:12]}-{start:06d}.parquet"
+        if not path.exists():
+            part = rows.select(range(start, min(start + PART, len(rows)))).map(scorer, batched=True, batch_size=50)
+            with replacing(path) as temporary:
+                part.to_parquet(str(temporary))
+        parts.append(Dataset.from_parquet(str(path)))
+    return concatenate_datasets(parts)
+
+
 def main() -> None:
     """Score, column by column."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -51,10 +68,12 @@ def main() -> None:
     parser.add_argument("--passes", default="", help="suffixes with commas between, such as ,_first10; all by default")
     args = parser.parse_args()
     rows = Dataset.from_json(args.data)
-    own = None
-    if args.adapter:
-        own = adapted(args.model, args.adapter)
-        args.out.with_suffix(".anchors.json").write_text(json.dumps(own.to_dict()))
+    chosen = args.passes.split(",") if args.passes else None
+    own, kept = None, args.out.with_suffix(".anchors.json")
+    if args.adapter and (chosen is None or any("_own" in suffix for suffix in chosen)):
+        if not kept.exists():
+            kept.write_text(json.dumps(adapted(args.model, args.adapter).to_dict()))
+        own = AnchorSet.from_dict(json.loads(kept.read_text()))
     passes = {
         "": {"scores": "all"},
         "_first10": {"scores": GRADIENTS, "max_response_tokens": 10},
@@ -65,11 +84,11 @@ def main() -> None:
     }
     scored = Dataset.from_parquet(str(args.out)) if args.out.is_file() else rows
     for suffix, options in passes.items():
-        if (args.passes and suffix not in args.passes.split(",")) or ("_own" in suffix and own is None):
+        if (chosen and suffix not in chosen) or ("_own" in suffix and own is None):
             continue
         started = time.perf_counter()
         scorer = SafetyRiskScorer(args.model, adapter=args.adapter, max_length=args.max_length, **options)
-        found = rows.map(scorer, batched=True, batch_size=64)
+        found = scored_in_parts(rows, scorer, args.out.with_suffix(".parts"), suffix + args.name)
         for column in [c for c in found.column_names if c.startswith("risk_") and c != "risk_status"]:
             if not (suffix + args.name and column.startswith("risk_baseline")):
                 scored = scored.add_column(column + suffix + args.name, found[column][:])

@@ -109,6 +109,21 @@ class ChatEncoder:
         """`tokenizer` or the fallback template's name."""
         return "tokenizer" if self.template is None else FALLBACK_TEMPLATE
 
+    def token_texts(self, ids: Sequence[int]) -> list[str]:
+        """Each token's text; of tokens that share a character, the first has it and the others are empty."""
+        texts: list[str] = []
+        before: list[int] = []  # some tokenizers drop the space before a token that they decode first
+        pending: list[int] = []
+        for place, token in enumerate(ids):
+            pending.append(token)
+            text = self.tokenizer.decode(before + pending)[len(self.tokenizer.decode(before)) :]
+            # Half a character decodes as U+FFFD; no character has more than four bytes, so no wait is longer.
+            if text.endswith("\ufffd") and len(pending) < 4 and place + 1 < len(ids):
+                continue
+            texts += [text, *[""] * (len(pending) - 1)]
+            before, pending = pending, []
+        return texts
+
     def encode_row(self, row: Mapping[str, Any], layout: Layout) -> Example:
         """Encode one row of a dataset.
 

@@ -31,6 +31,7 @@ from .formats import check_columns
 from .reference import Description, save_reference
 from .scores import Score, resolve_scores
 from .scores.base import check_count
+from .scores.gradient import GradientScore, balanced_weights
 from .session import GradientOptions, Session, open_session, progress
 from .tables import Columns, Table
 
@@ -39,6 +40,7 @@ SCORE_VERSION = 2
 
 _COUNTS = ("target_tokens", "total_tokens")
 GRADIENT_PARAMETERS = "gradient_parameters"
+ATTRIBUTION, ATTRIBUTION_TOKENS = "attribution", "attribution_tokens"
 # What is neither model, anchors nor scores, by attribute.
 OPTIONS = (
     "device",
@@ -50,6 +52,7 @@ OPTIONS = (
     "parameters",
     "direction_energy",
     "gradient_checkpointing",
+    "attribution",
 )
 DEFAULT_SCORES = ("gradient", "representation")
 
@@ -84,6 +87,9 @@ class SafetyRiskScorer:
             large as the model; under 1 they are factored, small and faster to compare with, and inexact. By default 1 in
             float32 and float64, and 0.9 in 16 bits, where rounding moves scores further than that does.
         gradient_checkpointing: compute activations again in the backward pass: less memory, a third more time.
+        attribution: add the columns `attribution_tokens`, the row's tokens as text, and `attribution`, what each adds to
+            `risk_gradient_balanced` (they sum to it; both empty in a row without that score): the terms by position of the row's inner product with the anchors.
+            Needs the gradient score, and about half as much time again.
         reference: a folder written by `save_reference`, instead of fitting the anchors; it brings its anchors, `parameters` and
             `direction_energy`.
 
@@ -111,6 +117,7 @@ class SafetyRiskScorer:
         parameters: str | None = None,
         direction_energy: float | None = None,
         gradient_checkpointing: bool = False,
+        attribution: bool = False,
         reference: str | Path | None = None,
     ) -> None:
         check_options(max_length, target)
@@ -118,6 +125,9 @@ class SafetyRiskScorer:
             if value is not None:
                 check_count(name, value)
         self.scores = resolve_scores(scores)
+        self.attribution = bool(attribution)
+        if attribution and not any(isinstance(score, GradientScore) for score in self.scores):
+            raise InputError("attribution takes risk_gradient_balanced apart: add 'gradient' to scores")
         self.reference = None if reference is None else Description.read(reference)
         if self.reference is None:
             self.anchors = anchors if isinstance(anchors, AnchorSet) else AnchorSet.load(anchors)
@@ -248,7 +258,8 @@ class SafetyRiskScorer:
         """The columns that scoring adds, in order."""
         sides = list(self.anchors.sides)
         subset = [GRADIENT_PARAMETERS] if self.needs.gradient else []
-        return [*(c for score in self.scores for c in score.columns(sides)), *subset, *_COUNTS, "risk_status"]
+        terms = [ATTRIBUTION_TOKENS, ATTRIBUTION] if self.attribution else []
+        return [*(c for score in self.scores for c in score.columns(sides)), *subset, *terms, *_COUNTS, "risk_status"]
 
     def prepare(self, rank: int | None = None) -> SafetyRiskScorer:
         """Load the model and fit the anchors now instead of at the first call, and return the scorer.
@@ -280,7 +291,7 @@ class SafetyRiskScorer:
             InputError: the columns fit no known layout, or the model cannot be loaded.
         """
         table = Table(batch, self.columns)
-        return table.with_columns(self._score(table, rank) if table.rows else self._columns([], [], {}))
+        return table.with_columns(self._score(table, rank) if table.rows else self._columns([], [], {}, []))
 
     def _score(self, table: Table, rank: int | None) -> Columns:
         session = self._session(rank)
@@ -299,24 +310,36 @@ class SafetyRiskScorer:
                 status.append(example.status)
         encoded = [e for e in examples if e is not None]
         values: dict[str, torch.Tensor] = {}
+        terms: list[tuple[list[str], list[float]]] = []
         if encoded:
             # The bar of datasets.map moves once a batch, and 1000 rows can take ten minutes.
             bar = progress("Scoring this batch", delay=10)
-            signals = session.engine.collect(encoded, session.needs, session.reference, bar)
+            weights = tuple(balanced_weights(list(self.anchors.sides)).items()) if self.attribution else ()
+            needs = session.needs | Needs(attribution=weights)
+            signals = session.engine.collect(encoded, needs, session.reference, bar)
             if session.needs.text:
                 signals.texts = [session.encoder.target_text(e) for e in encoded]
             for score in self.scores:
                 values |= score.reduce(signals, session.reference)
-        return self._columns(examples, status, values)
+            for example, of_row, norm in zip(encoded, signals.attribution, signals.norm, strict=False):
+                terms.append((session.encoder.token_texts(example.input_ids), (of_row / norm).tolist()))
+        return self._columns(examples, status, values, terms)
 
-    def _columns(self, examples: list[Example | None], status: list[str], values: dict[str, torch.Tensor]) -> Columns:
+    def _columns(
+        self,
+        examples: list[Example | None],
+        status: list[str],
+        values: dict[str, torch.Tensor],
+        terms: list[tuple[list[str], list[float]]],
+    ) -> Columns:
         """All result columns, with the rows that could not be encoded, or whose scores are not finite, in their places."""
         place = iter(range(len(examples)))
         index = [None if e is None else next(place) for e in examples]  # the row's place among the encoded ones
         status = list(status)
         columns: Columns = {}
         not_finite: dict[int, list[str]] = {}
-        for name in [n for n in self.result_columns if n not in (GRADIENT_PARAMETERS, *_COUNTS, "risk_status")]:
+        other = (GRADIENT_PARAMETERS, ATTRIBUTION, ATTRIBUTION_TOKENS, *_COUNTS, "risk_status")
+        for name in [n for n in self.result_columns if n not in other]:
             cells: list[float | None] = []
             for row, i in enumerate(index):
                 value = None if i is None else float(values[name][i])
@@ -332,6 +355,14 @@ class SafetyRiskScorer:
             status[row] = f"{remark}{', '.join(names)} {verb} not finite (zero gradient, or overflow: try dtype='float32')"
         if self.needs.gradient:
             columns[GRADIENT_PARAMETERS] = (pa.string(), [None if i is None else self.parameters for i in index])
+        if self.attribution:
+            # A row without a score has no terms either: they would not sum to it.
+            scored = columns["risk_gradient_balanced"][1]
+            # Empty, not null: Arrow cannot take a typed null for a list from datasets.map.
+            none: tuple[list[str], list[float]] = ([], [])
+            kept = [none if i is None or score is None else terms[i] for i, score in zip(index, scored, strict=True)]
+            columns[ATTRIBUTION_TOKENS] = (pa.list_(pa.string()), [tokens for tokens, _ in kept])
+            columns[ATTRIBUTION] = (pa.list_(pa.float32()), [values for _, values in kept])
         columns["target_tokens"] = (pa.int32(), [None if e is None else len(e.target_positions) for e in examples])
         columns["total_tokens"] = (pa.int32(), [None if e is None else len(e.input_ids) for e in examples])
         columns["risk_status"] = (pa.string(), status)

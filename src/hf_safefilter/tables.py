@@ -91,7 +91,7 @@ def _decoded(read: Callable[[str], Any], name: str) -> Any:
 def _cell(value: Any, kind: pa.DataType, typed: bool) -> Any:
     if typed:
         return pa.scalar(value, type=kind)
-    if value is None or pa.types.is_string(kind):
+    if value is None or pa.types.is_string(kind) or pa.types.is_list(kind):
         return value
     return np.dtype(kind.to_pandas_dtype()).type(value)
 

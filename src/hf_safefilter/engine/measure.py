@@ -8,13 +8,13 @@ forming `2 T out in`; a factored one of rank r `2 T r (out + in)`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from . import ghost
-from .backward import Targets
+from .backward import Targets, Visit
 from .batching import Batch
 from .directions import Dense, Directions, Factored
 from .layers import Layer
@@ -32,6 +32,8 @@ class Visitor(ABC):
         self.batch = batch
         self.targets = targets
         self.every_row = slice(0, len(batch.input_ids))
+        # Where in the row what is shown stands: `None` for every position, or those that the head predicts from.
+        self.positions: torch.Tensor | None = None
 
     def __call__(self, layer: Layer, a: torch.Tensor, d: torch.Tensor) -> None:
         """Take a layer's input (or ids) and its output's gradient; see `backward.Visit`."""
@@ -40,25 +42,35 @@ class Visitor(ABC):
             # As autograd does: the padding entry gets no gradient, wherever it stands.
             d = d * layer.scale if padding is None else (d * layer.scale).masked_fill((a == padding)[:, :, None], 0)
             assert layer.weight is not None
+            self.positions = None
             self.lookup(layer.weight, a, d, tied=layer.tied)
             return
         parts = [(slice(i, i + 1), s) for i, s in enumerate(self.targets.slices())] if layer.head else []
         for rows, tokens in parts or [(self.every_row, slice(None))]:
+            self.positions = self.targets.position[tokens] if layer.head else None
             part_a, part_d = a[:, tokens], d[:, tokens]
             if layer.weight is not None and layer.kind == "norm":
-                self.vector(layer.weight, rows, ghost.scale_gradient(layer.normalised(part_a), part_d))
+                self.norm(layer.weight, rows, layer.normalised(part_a), part_d)
             elif layer.weight is not None and layer.kind == "conv1d":
                 self.matrix(layer.weight, rows, part_d, part_a)
             elif layer.weight is not None:
                 self.matrix(layer.weight, rows, part_a, part_d)
             if layer.bias is not None:
-                self.vector(layer.bias, rows, ghost.bias_gradient(part_d.flatten(2)))
+                self.bias(layer.bias, rows, part_d.flatten(2))
             if layer.tied:
                 self.head_at_ids(rows, part_a, part_d)
 
     @abstractmethod
     def matrix(self, unit: str, rows: slice, a: torch.Tensor, d: torch.Tensor) -> None:
         """The matrix `d' a` of each of `rows`, `a` [rows, tokens, columns] and `d` [rows, tokens, rows of the matrix]."""
+
+    def norm(self, unit: str, rows: slice, normalised: torch.Tensor, d: torch.Tensor) -> None:
+        """A norm's weight: its input normalised, and its output's gradient, both [rows, tokens, ..., features]."""
+        self.vector(unit, rows, ghost.scale_gradient(normalised, d))
+
+    def bias(self, unit: str, rows: slice, d: torch.Tensor) -> None:
+        """A bias: the output's gradient [rows, tokens, features]."""
+        self.vector(unit, rows, ghost.bias_gradient(d))
 
     @abstractmethod
     def vector(self, unit: str, rows: slice, g: torch.Tensor) -> None:
@@ -70,6 +82,16 @@ class Visitor(ABC):
 
     def head_at_ids(self, rows: slice, a: torch.Tensor, d: torch.Tensor) -> None:  # noqa: B027  # not all need it
         """A head that shares its weight with the embedding."""
+
+
+def together(visitors: Sequence[Visitor]) -> Visit:
+    """Show each layer to all of them, in one pass."""
+
+    def visit(layer: Layer, a: torch.Tensor, d: torch.Tensor) -> None:
+        for visitor in visitors:
+            visitor(layer, a, d)
+
+    return visit
 
 
 def _pieces(a: torch.Tensor, d: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:

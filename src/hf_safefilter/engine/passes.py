@@ -12,6 +12,7 @@ import torch
 
 from ..chat import Example
 from ..errors import EvaluationError
+from .attribution import Attribution
 from .backward import Losses, Targets, backward, checkpointing, forward, frozen, inputs
 from .batching import collate, default_batch_tokens, micro_batches
 from .directions import Directions
@@ -20,7 +21,7 @@ from .hidden import Hidden, Probe, States, catching
 from .layers import Layer, check_parameters, find_layers, trainable, units
 from .loading import context_length
 from .margin import MARGIN, MARGIN_ADAM, margin_directions
-from .measure import Accumulation, Measurement
+from .measure import Accumulation, Measurement, Visitor, together
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 Sides = Mapping[str, Sequence[Example]]
@@ -37,7 +38,8 @@ class Needs:
 
     `loss` is each row's cross-entropy; `gradient` its gradient's norm; `directions` also its inner products with the anchor
     sides' directions; `margin` also with those of the refusal margin. `anchor_tokens` is how many response tokens of an anchor
-    gradients are taken over. `harmless` asks for states of ordinary requests beside the anchors', `text` for responses' text.
+    gradients are taken over. `attribution` asks for the terms by position of the inner product with a sum of directions, pairs of
+    name and weight. `harmless` asks for states of ordinary requests beside the anchors', `text` for responses' text.
     """
 
     hidden: frozenset[Hidden] = frozenset()
@@ -47,6 +49,7 @@ class Needs:
     directions: bool = False
     margin: bool = False
     anchor_tokens: int | None = None
+    attribution: tuple[tuple[str, float], ...] = ()
     harmless: bool = False
     text: bool = False
 
@@ -56,7 +59,9 @@ class Needs:
             raise EvaluationError(f"scores disagree on anchor_tokens: {anchor_tokens} and {other.anchor_tokens}")
         flags = ("loss", "gradient", "directions", "margin", "harmless", "text")
         either = {flag: getattr(self, flag) or getattr(other, flag) for flag in flags}
-        return Needs(self.hidden | other.hidden, self.probes | other.probes, anchor_tokens=anchor_tokens, **either)
+        attribution = self.attribution or other.attribution
+        hidden, probes = self.hidden | other.hidden, self.probes | other.probes
+        return Needs(hidden, probes, anchor_tokens=anchor_tokens, attribution=attribution, **either)
 
 
 @dataclass
@@ -66,7 +71,8 @@ class Signals:
     `hidden[h]` is [rows, hidden] float32; `energies[probe]` a list of [target tokens, bases]; `loss` and `first_loss` [rows]
     float64, the cross-entropy in nats: mean over target tokens, and at the first; `tokens` [rows] how many targets.
     `squared_norms` [rows, units] and `dots[direction]` [rows, units], float64: of the gradient of the mean loss, a unit for
-    each parameter; inner products are not yet divided by anything. `texts` are the responses.
+    each parameter; inner products are not yet divided by anything. `attribution` is a list of
+    [tokens] float64, a row's inner product by position. `texts` are the responses.
     """
 
     hidden: dict[Hidden, torch.Tensor] = field(default_factory=dict)
@@ -76,6 +82,7 @@ class Signals:
     tokens: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     squared_norms: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0))
     dots: dict[str, torch.Tensor] = field(default_factory=dict)
+    attribution: list[torch.Tensor] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
 
     @property
@@ -224,6 +231,7 @@ class Engine:
         caught: list[States] = []
         losses: list[Losses] = []
         measured: list[Measurement] = []
+        attributed: list[torch.Tensor] = []
         with frozen(self.model), self._checkpointing() if needs.gradient else nullcontext():
             for group in progress(groups):
                 batch = collate([examples[i] for i in group], self.device)
@@ -232,8 +240,16 @@ class Engine:
                 with catching(self.model, needs.hidden, needs.probes, batch.labels, stop=only_states) as states:
                     if needs.gradient:
                         visit = Measurement(batch, targets, reference.directions if needs.directions else None)
-                        losses.append(backward(self.model, layers, batch, targets, visit))
+                        visits: list[Visitor] = [visit]
+                        if needs.attribution:
+                            assert reference.directions is not None
+                            terms = Attribution(batch, targets, reference.directions, dict(needs.attribution))
+                            visits.append(terms)
+                        losses.append(backward(self.model, layers, batch, targets, together(visits)))
                         measured.append(visit)
+                        if needs.attribution:
+                            lengths = [len(examples[i].input_ids) for i in group]
+                            attributed += [t[:n].cpu() for n, t in zip(lengths, terms.terms, strict=True)]
                     else:
                         with torch.inference_mode():
                             if only_states:
@@ -255,6 +271,7 @@ class Engine:
         if measured and needs.directions:
             assert reference.directions is not None
             dots = rows([torch.stack([m.dots[n] for n in names], dim=1) for m in measured])  # [rows, units, directions]
+            signals.attribution = [attributed[i] for i in order.tolist()] if attributed else []
             signals.dots = {name: dots[:, :, k] for k, name in enumerate(reference.directions.names)}
         return signals
 

@@ -23,6 +23,12 @@ from ..engine.passes import Needs, Reference, Signals
 from .base import AnchorGradientScore, safe_sides
 
 
+def balanced_weights(sides: Sequence[str]) -> dict[str, float]:
+    """The weight of each side's mean cosine in `risk_gradient_balanced`; they sum to zero."""
+    safe = safe_sides(sides)
+    return {"harmful": 1.0, **dict.fromkeys(safe, -1 / len(safe))}
+
+
 @dataclass(frozen=True)
 class GradientScore(AnchorGradientScore):
     """`risk_gradient` and `risk_gradient_balanced`."""
@@ -47,7 +53,7 @@ class GradientScore(AnchorGradientScore):
         safe = torch.stack([cosine[side] for side in safe_sides(sides)])  # [safe sets, rows]
         return {
             "risk_gradient": cosine["harmful"] - safe.sum(dim=0),
-            "risk_gradient_balanced": cosine["harmful"] - safe.mean(dim=0),
+            "risk_gradient_balanced": torch.stack([w * cosine[side] for side, w in balanced_weights(sides).items()]).sum(dim=0),
             **{f"gradient_cosine_{side}": values for side, values in cosine.items()},
             "gradient_norm": signals.norm,
             "gradient_loss": signals.loss,
