@@ -1,4 +1,4 @@
-"""Per-token terms of the gradient score: they sum to it, and each is what perturbing the weights at that position alone gives."""
+"""Per-token terms of the gradient score: they sum to it; each is what a step seen by that position alone does."""
 
 from __future__ import annotations
 

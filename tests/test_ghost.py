@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import oracle
 import pytest
@@ -163,6 +166,20 @@ def test_models_equal_autograd_in_float32(kind, form, monkeypatch):
     expected_norm, expected_cosine = by_autograd(tiny_model(kind, dtype=torch.float64), ROWS)
     np.testing.assert_allclose(norm, expected_norm, rtol=1e-4)
     np.testing.assert_allclose(cosine, expected_cosine, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", [FORMED, GHOST])
+def test_nothing_of_a_pass_is_kept(form, monkeypatch):
+    monkeypatch.setattr(measure, "_PASS", form)
+    made = []
+    init = measure.Measurement.__init__
+    monkeypatch.setattr(
+        measure.Measurement, "__init__", lambda self, *args: (made.append(weakref.ref(self)), init(self, *args))[1]
+    )
+    measured(tiny_model("llama_tied"), ROWS, batch_tokens=150)
+    gc.collect()
+    assert len(made) > 5
+    assert [ref() for ref in made if ref() is not None] == []
 
 
 @given(

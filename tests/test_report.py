@@ -46,6 +46,8 @@ def dataset(n: int = 300, seed: int = 0) -> Dataset:
             "kind": ["list" if i % 3 else "plain" for i in range(n)],
             "risk_gradient_balanced": scores,
             "risk_gradient": [None if s is None else float(np.float32(-2 * s)) for s in scores],
+            "attribution_tokens": [["<b>", text[:5], " more"] for text in texts[:-1]] + [[]],
+            "attribution": [[0.5, -0.25, 0.01]] * (n - 1) + [[]],
             "risk_status": ["ok"] * (n - 1) + ["completion is <empty>"],
         }
     )
@@ -167,12 +169,23 @@ def test_sort_search_and_pages(page) -> None:
 
 def test_long_answers_are_folded(page) -> None:
     with opened(page[0]) as found:
-        cell = found.page.locator("#table tbody td.text").nth(4)
+        cell = found.page.locator("#table tbody td.text").nth(4).locator("details.long")
         assert cell.locator(".response").is_hidden()
         cell.locator("summary").focus()
         found.page.keyboard.press("Enter")
         assert cell.locator(".response").is_visible()
         assert len(cell.locator(".response").text_content()) == 2000
+
+
+def test_tokens_behind_the_score(page) -> None:
+    with opened(page[0]) as found:
+        fold = found.page.locator("#table tbody tr").nth(0).locator("details.heat")
+        fold.locator("summary").click()
+        assert fold.locator("mark").all_text_contents() == ["<b>", HOSTILE[0][:5]]
+        assert [m.get_attribute("class") for m in fold.locator("mark").all()] == ["up4", "down2"]
+        assert fold.locator(".response").text_content() == "<b>" + HOSTILE[0][:5] + " more"
+        assert found.console == []
+        assert [v["id"] for v in Axe().run(found.page).response["violations"]] == []
 
 
 def test_charts_of_scores_and_of_a_monitored_run(page) -> None:

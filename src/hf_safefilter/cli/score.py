@@ -42,6 +42,7 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     p.add_argument("--target", default="assistant", help="assistant, last_assistant, completion or all (default: assistant)")
     p.add_argument("--max-length", type=int, default=1024, help="tokens kept of each row (default: 1024)")
     p.add_argument("--max-response-tokens", type=int, help="score rows as if responses ended after this many tokens")
+    p.add_argument("--attribution", action="store_true", help="add what each token adds to risk_gradient_balanced")
     p.set_defaults(run=run)
 
 
@@ -125,6 +126,7 @@ def run(args: argparse.Namespace) -> int:
         target=args.target,
         columns=columns,
         reference=args.reference,
+        attribution=args.attribution,
     )
     rows = read_rows(args.data, args.split, csv_as_text=True)
     if args.limit is not None:

@@ -193,7 +193,8 @@ def backward(model: Any, layers: Sequence[Layer], batch: Batch, targets: Targets
             return  # gradient checkpointing: the block runs again later
         if not output.requires_grad:
             output.requires_grad_()  # the first layer of the graph: what lies before needs no gradients
-        output.register_hook(partial(show, layer, [args[0].detach() if layer.head else args[0]]))
+        # Detached: a visitor that kept an input with its graph would be kept by it in turn, through this hook, for ever.
+        output.register_hook(partial(show, layer, [args[0].detach()]))
 
     @torch.no_grad()
     def show(layer: Layer, held: list[torch.Tensor], d: torch.Tensor) -> None:

@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 # What a page may weigh: scores first, exact, then texts with what is left, those of the riskiest rows whole.
-SCORE_BYTES, TEXT_BYTES = 400_000, 500_000
+SCORE_BYTES, TEXT_BYTES, HEAT_BYTES = 400_000, 450_000, 70_000
 # Rows that a page holds; of a larger set the riskiest.
 MAX_ROWS = 10_000
 MAX_PROMPT, MAX_RESPONSE, MAX_EXCERPT = 1_000, 2_000, 80
+# Tokens' shares in a row's score are shown in so many shades to each side.
+SHADES = 4
 # The riskiest share that is set against the rest.
 RISKIEST = 0.1
 HISTORY_FILE, SUMMARY_FILE, RUN_FILE = "history.jsonl", "summary.json", "run.json"
@@ -43,6 +45,8 @@ class Content:
         shown: dataset indices of the rows in the page, riskiest first by `by`, rows without a score last.
         values: a float32 [shown] for each of `columns`, little-endian in base64.
         prompts, responses: [shown], cut; `full` of them, from the first on, as long as a page ever shows.
+        heat: for the first of `shown`, tokens and the shade of each, from -SHADES to SHADES, or `None`: its share in
+            `risk_gradient_balanced` beside the row's largest.
         unscored: how many rows have no score, by reason.
         common: `patterns` of the riskiest tenth and of the rest.
         run: the account that `score` wrote, or `None`.
@@ -62,6 +66,7 @@ class Content:
     prompts: list[str]
     responses: list[str]
     full: int
+    heat: list[tuple[list[str], list[int]] | None]
     unscored: dict[str, int]
     common: list[dict[str, Any]]
     run: dict[str, Any] | None = None
@@ -126,6 +131,7 @@ def gather(
         prompts=prompts,
         responses=responses,
         full=full,
+        heat=_heat(ds, order[:full].tolist()),
         unscored=dict(Counter(str(why) for why, no in zip(status, missing, strict=True) if no).most_common(20)),
         common=_common(ds, [response for _, response in texts], risk),
         run=_run(run),
@@ -188,6 +194,26 @@ def _cut(texts: Sequence[tuple[str, str]]) -> tuple[list[str], list[str], int]:
 
 def _shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[: max(length - 1, 0)] + "…"
+
+
+def _heat(ds: Dataset, rows: Sequence[int]) -> list[tuple[list[str], list[int]] | None]:
+    """Tokens and shades of the first rows, as many as there is room for."""
+    if not {"attribution", "attribution_tokens"} <= set(ds.column_names):
+        return []
+    found: list[tuple[list[str], list[int]] | None] = []
+    left = HEAT_BYTES
+    for row in ds.select_columns(["attribution", "attribution_tokens"]).select(rows):
+        tokens, terms = row["attribution_tokens"], np.asarray(row["attribution"], dtype=np.float64)
+        largest = np.abs(terms).max(initial=0.0)
+        if not largest or not np.isfinite(largest):
+            found.append(None)
+            continue
+        shades = np.rint(SHADES * terms / largest).astype(int).tolist()
+        left -= sum(map(_weight, tokens)) + 3 * len(tokens)
+        if left < 0:
+            break
+        found.append((tokens, shades))
+    return found
 
 
 def _weight(text: str) -> int:

@@ -91,7 +91,9 @@ def render(content: Content) -> str:
     assets = resources.files("hf_safefilter") / "assets" / "report"
     script, style = ((assets / name).read_text("utf-8") for name in ("report.js", "report.css"))
     values = asdict(content)
-    rows = {name: values[name] for name in ("columns", "correlations", "shown", "values", "prompts", "responses", "history")}
+    rows = {
+        name: values[name] for name in ("columns", "correlations", "shown", "values", "prompts", "responses", "heat", "history")
+    }
     rows |= {"rows": content.rows, "scored": content.scored, "by": content.by}
     return environment.get_template("report.html.jinja").render(
         **values,

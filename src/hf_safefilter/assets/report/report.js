@@ -137,18 +137,36 @@
     const cell = element("td", { class: "text" });
     if (data.prompts[i]) cell.append(element("span", { class: "prompt", dir: "auto" }, data.prompts[i]));
     const response = data.responses[i];
-    if (response.length <= LONG) {
-      cell.append(element("span", { class: "response", dir: "auto" }, response));
-      return cell;
-    }
-    const fold = element("details");
+    if (response.length <= LONG) cell.append(element("span", { class: "response", dir: "auto" }, response));
+    else cell.append(folded(response));
+    if (data.heat[i]) cell.append(heat(...data.heat[i]));
+    return cell;
+  };
+
+  const folded = (response) => {
+    const fold = element("details", { class: "long" });
     const summary = element("summary", { dir: "auto" });
     summary.append(element("span", { class: "excerpt" }, response.slice(0, LONG).replace(/\s+/g, " ") + "… "));
     summary.append(element("span", { class: "more" }));
     fold.append(summary);
     fold.append(element("span", { class: "response", dir: "auto" }, response));
-    cell.append(fold);
-    return cell;
+    return fold;
+  };
+
+  // Tokens shaded by what they add to the row's gradient score; made when it is opened.
+  const heat = (tokens, shades) => {
+    const fold = element("details", { class: "heat" });
+    fold.append(element("summary", {}, "tokens behind the score"));
+    fold.addEventListener("toggle", () => {
+      if (fold.childElementCount > 1) return;
+      const text = element("span", { class: "response", dir: "auto" });
+      tokens.forEach((token, t) => {
+        if (shades[t] === 0) text.append(document.createTextNode(token));
+        else text.append(element("mark", { class: shades[t] > 0 ? `up${shades[t]}` : `down${-shades[t]}` }, token));
+      });
+      fold.append(text, element("span", { class: "key" }, "darker: a larger share of this row's score; orange raises it, blue lowers it"));
+    });
+    return fold;
   };
 
   const showRows = () => {
