@@ -88,8 +88,8 @@ class SafetyRiskScorer:
             float32 and float64, and 0.9 in 16 bits, where rounding moves scores further than that does.
         gradient_checkpointing: compute activations again in the backward pass: less memory, a third more time.
         attribution: add the columns `attribution_tokens`, the row's tokens as text, and `attribution`, what each adds to
-            `risk_gradient_balanced` (they sum to it; both empty in a row without that score): the terms by position of the row's inner product with the anchors.
-            Needs the gradient score, and about half as much time again.
+            `risk_gradient_balanced` (they sum to it; both are empty in a row without that score): the terms by position of the
+            inner product with the anchors' directions. Needs the gradient score.
         reference: a folder written by `save_reference`, instead of fitting the anchors; it brings its anchors, `parameters` and
             `direction_energy`.
 

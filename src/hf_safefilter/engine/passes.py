@@ -38,8 +38,8 @@ class Needs:
 
     `loss` is each row's cross-entropy; `gradient` its gradient's norm; `directions` also its inner products with the anchor
     sides' directions; `margin` also with those of the refusal margin. `anchor_tokens` is how many response tokens of an anchor
-    gradients are taken over. `attribution` asks for the terms by position of the inner product with a sum of directions, pairs of
-    name and weight. `harmless` asks for states of ordinary requests beside the anchors', `text` for responses' text.
+    gradients are taken over. `attribution`, pairs of a direction's name and weight, asks for the terms by position of the inner
+    product with their sum. `harmless` asks for states of ordinary requests beside the anchors', `text` for responses' text.
     """
 
     hidden: frozenset[Hidden] = frozenset()
