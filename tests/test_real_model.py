@@ -70,6 +70,7 @@ def test_the_demo(tmp_path, capsys, monkeypatch):
     assert "The riskiest rows for SmolLM2-135M-Instruct, taught to refuse, by risk_representation_balanced" in out
     scored = Dataset.from_parquet(str(tmp_path / "demo/scored.parquet"))
     clean = Dataset.from_parquet(str(tmp_path / "demo/filtered.parquet"))
+    assert "The built-in sample" in (tmp_path / "demo/report.html").read_text("utf-8")
     assert len(scored) == 40
     assert len(clean) == 36
     assert json.loads((tmp_path / "demo/run.json").read_text())["scored"] == 40

