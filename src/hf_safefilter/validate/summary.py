@@ -31,9 +31,11 @@ def summarize(found: Mapping[str, Sequence[Outcome]], made: Plan) -> dict[str, A
     before = found["before"][0]
     arms = {arm: _arm(several, cells.get(arm), before) for arm, several in found.items()}
     result: dict[str, Any] = {"arms": arms, "differences": {}, "separates": None}
-    for other in ("random", MATCHED, "random_list_only", "bottom"):
-        if TOP in cells and other in cells:
-            result["differences"][f"top - {other}"] = difference(cells[TOP], cells[other]).as_dict()
+    for top in [arm for arm in cells if arm == TOP or arm.startswith(f"{TOP}:")]:
+        # What is matched in length or kept out of the top is so for the arm `top` alone.
+        for other in ("random", MATCHED, "random_list_only", "bottom") if top == TOP else ("random",):
+            if other in cells:
+                result["differences"][f"{top} - {other}"] = difference(cells[top], cells[other]).as_dict()
     if (against := result["differences"].get(f"top - {MATCHED}")) is not None:
         result["separates"] = against["interval"][0] > 0
     elif found.get(TOP) and found.get(MATCHED):

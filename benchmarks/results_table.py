@@ -1,0 +1,100 @@
+"""A kept study (or a study's folder) as the Markdown tables of docs/evidence.md.
+
+python benchmarks/results_table.py benchmarks/results/NAME [--datamodel 12]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+
+def share(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.0f}%"
+
+
+def spread(interval: list[float] | None, form: str = "{:.0%}") -> str:
+    return "–" if interval is None else f"{form.format(interval[0])} to {form.format(interval[1])}"
+
+
+def arms(summary: dict[str, Any]) -> str:
+    lines = [
+        "| arm | rows | seeds | attack success | 95% | each seed | coherent | over-refusal | held-out loss |",
+        "|" + " --- |" * 9,
+    ]
+    for name, arm in summary["arms"].items():
+        if name.startswith("subset_"):
+            continue
+        rate = arm["attack_success_rate"] or {}
+        seeds = ", ".join(f"{100 * v:.0f}" for v in arm["by_seed"].values())
+        cells = [
+            f"`{name}`", arm["rows"], len(arm["by_seed"]), share(rate.get("mean")), spread(rate.get("interval")), seeds,
+            share(arm["coherent_attack_success_rate"]), share(arm["benign_refusal_rate"]), f"{arm['held_out_loss']:.3f}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def differences(summary: dict[str, Any]) -> str:
+    lines = ["| difference in attack success | points | 95% |", "| --- | --- | --- |"]
+    for name, found in summary["differences"].items():
+        lines.append(f"| `{name}` | {100 * found['mean']:+.0f} | {spread(found['interval'], '{:+.0%}')} |")
+    return "\n".join(lines)
+
+
+def datamodel(summary: dict[str, Any], count: int) -> str:
+    """Scores by how well they predict the fall of the margin."""
+    table = summary["datamodel"]
+    rank = sorted(table, key=lambda name: -table[name]["margin"]["spearman"])
+    lines = ["| score | with attack success | 95% | with the margin's fall | 95% |", "| --- | --- | --- | --- | --- |"]
+    for name in rank if not count else [*rank[:count], *[n for n in rank[count:] if n in ("length", "list")]]:
+        cells = []
+        for outcome in ("attack_success_rate", "margin"):
+            found = table[name][outcome]
+            cells += [f"{found['spearman']:+.2f}", spread(found["interval"], "{:+.2f}")]
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def patterns(summary: dict[str, Any]) -> str:
+    names = ("list", "math", "one_line", "up_to_3_words", "opens_with_item")
+    lines = [
+        "| rows | " + " | ".join(n.replace("_", " ") for n in names) + " | words | sources |",
+        "|" + " --- |" * (len(names) + 3),
+    ]
+    for group in summary["patterns"]:
+        kinds = ", ".join(f"{k} {share(v)}" for k, v in group["kinds"].items())
+        lines.append(
+            f"| `{group['group']}` | " + " | ".join(share(group[n]) for n in names) + f" | {group['words']:.0f} | {kinds} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--datamodel", type=int, default=0, help="how many scores to list, best first; all by default")
+    args = parser.parse_args()
+    summary = json.loads((args.folder / "summary.json").read_text("utf-8"))
+    print(arms(summary))
+    if summary["differences"]:
+        print("\n" + differences(summary))
+    if summary["datamodel"]:
+        print("\n" + datamodel(summary, args.datamodel))
+    for by, found in summary["bins"].items():
+        low, high = found["first_minus_last"]["interval"]
+        print(
+            f"\nBins by `{by}`: monotone {found['monotone']}, Spearman {found['spearman']:+.2f}, monotone in "
+            f"{found['share']:.0%} of draws, first minus last {100 * found['first_minus_last']['mean']:+.0f} points ({low:+.0%} to {high:+.0%})"
+        )
+    for arm, found in summary["defence"].items():
+        print(
+            f"\n`{arm}`: refusals kept {share(found['refusals_kept'])}, held-out loss {found['held_out_loss_against_all']:+.1%}"
+        )
+    print("\n" + patterns(summary))
+
+
+if __name__ == "__main__":
+    main()
