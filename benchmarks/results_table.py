@@ -85,10 +85,9 @@ def main() -> None:
         print("\n" + datamodel(summary, args.datamodel))
     for by, found in summary["bins"].items():
         low, high = found["first_minus_last"]["interval"]
-        print(
-            f"\nBins by `{by}`: monotone {found['monotone']}, Spearman {found['spearman']:+.2f}, monotone in "
-            f"{found['share']:.0%} of draws, first minus last {100 * found['first_minus_last']['mean']:+.0f} points ({low:+.0%} to {high:+.0%})"
-        )
+        print(f"\nBins by `{by}`: monotone {found['monotone']}, Spearman {found['spearman']:+.2f}", end=", ")
+        points = 100 * found["first_minus_last"]["mean"]
+        print(f"monotone in {found['share']:.0%} of draws, first minus last {points:+.0f} points ({low:+.0%} to {high:+.0%})")
     for arm, found in summary["defence"].items():
         print(
             f"\n`{arm}`: refusals kept {share(found['refusals_kept'])}, held-out loss {found['held_out_loss_against_all']:+.1%}"

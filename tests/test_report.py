@@ -27,7 +27,8 @@ HOSTILE = [
     "<!--<script>",
 ]
 RUN = {
-    "data": "<b>rows</b>.jsonl", "model": {"name": "org/<i>model</i>", "revision": "abc"}, "score_columns": ["risk_gradient"],
+    "data": "<b>rows</b>.jsonl", "score_columns": ["risk_gradient"],
+    "model": {"model": {"kind": "hub", "name": "org/<i>model</i>", "fingerprint": "abc"}, "adapter": None, "dtype": "float32"},
     "anchors": {"name": "built-in", "sha256": "0" * 64}, "fingerprint": "1" * 64, "versions": {"torch": "2.13.0"},
 }  # fmt: skip
 
@@ -297,7 +298,7 @@ def test_the_command_finds_the_account_beside_the_rows(tmp_path: Path, capsys: p
         ({"rows": lambda ds: ds.rename_column("completion", "c")}, "cannot tell prompt from response"),
         ({"more": ["--by", "risk_nothing"]}, "no column 'risk_nothing' in the dataset"),
         ({"more": ["--by", "completion"]}, "does not hold numbers"),
-        ({"more": ["--run", "no.json"]}, "cannot read an account of a scoring run from no.json"),
+        ({"more": ["--run", "no.json"]}, "cannot read the account of a scoring run from no.json"),
         ({"more": ["--monitor", "no.jsonl"]}, "cannot read the monitor's history no.jsonl"),
         ({"more": ["--validate", "no"]}, "cannot read a study's summary from no"),
         ({"out": "no/such/folder/page.html"}, "cannot write"),

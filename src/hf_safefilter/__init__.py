@@ -13,6 +13,7 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .anchors import AnchorSet
     from .callbacks.refusal_rate import RefusalRateCallback
+    from .hub import push_scored_to_hub
     from .refusal.metric import refusal_rate
     from .report.page import scored_report
     from .scorer import SafetyRiskScorer
@@ -24,6 +25,7 @@ __all__ = [
     "SafetyRiskScorer",
     "__version__",
     "filter_risky",
+    "push_scored_to_hub",
     "refusal_rate",
     "scored_report",
     "select_risky",
@@ -34,6 +36,7 @@ _MODULE_OF = {
     "RefusalRateCallback": "callbacks.refusal_rate",
     "SafetyRiskScorer": "scorer",
     "filter_risky": "select",
+    "push_scored_to_hub": "hub",
     "refusal_rate": "refusal.metric",
     "scored_report": "report.page",
     "select_risky": "select",

@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..accounts import RUN_FILE
 from .files import SCORED, read_rows
-from .score import RUN_FILE, columns_argument
+from .score import columns_argument
 
 
 def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..accounts import RUN_FILE
 from ..errors import EvaluationError, InputError
 from .files import SCORED, read_rows, write_rows
 from .show import row_text, table
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
     from ..engine.loading import ModelSpec
     from ..scorer import SafetyRiskScorer
-
-RUN_FILE = "run.json"
 
 
 def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..accounts import model_text, read_account
 from ..errors import InputError, UnscorableRow
 from ..formats import Layout, find_layout, to_conversation
 from ..patterns import patterns
@@ -29,7 +30,7 @@ MAX_PROMPT, MAX_RESPONSE, MAX_EXCERPT = 1_000, 2_000, 80
 SHADES = 4
 # The riskiest share that is set against the rest.
 RISKIEST = 0.1
-HISTORY_FILE, SUMMARY_FILE, RUN_FILE = "history.jsonl", "summary.json", "run.json"
+HISTORY_FILE, SUMMARY_FILE = "history.jsonl", "summary.json"
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Content:
             `risk_gradient_balanced` beside the row's largest.
         unscored: how many rows have no score, by reason.
         common: `patterns` of the riskiest tenth and of the rest.
+        model: that was scored with, in a line.
         run: the account that `score` wrote, or `None`.
         history: of a monitor run: refusal rates by step, or `None`.
         study: the summary that `validate` wrote, or `None`.
@@ -69,6 +71,7 @@ class Content:
     heat: list[tuple[list[str], list[int]] | None]
     unscored: dict[str, int]
     common: list[dict[str, Any]]
+    model: str = ""
     run: dict[str, Any] | None = None
     history: list[dict[str, Any]] | None = None
     study: dict[str, Any] | None = None
@@ -115,6 +118,7 @@ def gather(
     order = np.argsort(np.where(missing, np.inf, -risk), kind="stable")[:MAX_ROWS]
     room = max(1, SCORE_BYTES // (len(order) * 16 // 3 + 1))
     kept = list(scores)[:room]
+    account = read_account(run)
     layout = find_layout([c for c in ds.column_names if not c.startswith("risk_")], columns)
     texts = _texts(ds, layout)
     prompts, responses, full = _cut([texts[i] for i in order.tolist()])
@@ -134,7 +138,8 @@ def gather(
         heat=_heat(ds, order[:full].tolist()),
         unscored=dict(Counter(str(why) for why, no in zip(status, missing, strict=True) if no).most_common(20)),
         common=_common(ds, [response for _, response in texts], risk),
-        run=_run(run),
+        run=account,
+        model=model_text(account),
         history=None if monitor is None else _history(Path(monitor)),
         study=None if validate is None else _json(_inside(Path(validate), SUMMARY_FILE), "a study's summary", "arms"),
     )
@@ -228,12 +233,6 @@ def _common(ds: Dataset, responses: list[str], risk: np.ndarray) -> list[dict[st
     kinds = next((ds[c][:] for c in ("kind", "source", "category") if c in ds.column_names), None)
     groups = {f"riskiest {count}": order[:count]} | ({"the rest": order[count:]} if order[count:] else {})
     return patterns(responses, groups, kinds)
-
-
-def _run(run: Mapping[str, Any] | str | Path | None) -> dict[str, Any] | None:
-    if run is None or isinstance(run, Mapping):
-        return None if run is None else dict(run)
-    return _json(_inside(Path(run), RUN_FILE), "an account of a scoring run", "score_columns")
 
 
 def _history(path: Path) -> list[dict[str, Any]]:
