@@ -108,6 +108,7 @@ def test_the_account_of_a_run(score, rows_file, tmp_path, anchors):
         "parameters": "all",
         "direction_energy": 0.9 if account["model"]["dtype"] == "bfloat16" else 1.0,
         "gradient_checkpointing": False,
+        "attribution": False,
         "columns": None,
     }
 
