@@ -14,9 +14,10 @@ from hub_server import HubServer
 from huggingface_hub import DatasetCard
 from test_report import RUN, dataset
 
-from hf_safefilter import cli, push_scored_to_hub
+from hf_safefilter import SafetyRiskScorer, cli, push_scored_to_hub
+from hf_safefilter.cards import BEGIN, DATA_FILE, END, plain, scored_card
 from hf_safefilter.errors import InputError
-from hf_safefilter.hub import BEGIN, DATA_FILE, END, make_card, plain
+from hf_safefilter.scores import RepresentationScore
 
 GOOD, READ_ONLY = "hf_goodtoken0123456789", "hf_readonly0123456789"
 
@@ -106,7 +107,7 @@ def test_what_a_person_wrote_stays(hub: HubServer, scored: Path, tmp_path: Path)
         (["stranger/scored"], GOOD, 1, "this token may not write to stranger/scored"),
         (["a b"], GOOD, 1, "'a b' is no name for a Hub repository"),
         (["ann/scored", "--by", "risk_nothing"], GOOD, 1, "no column 'risk_nothing'"),
-        (["ann/other"], GOOD, 1, "ann/other holds another dataset (rows.csv): choose another name"),
+        (["ann/other"], GOOD, 1, "ann/other holds something else (rows.csv): choose another name"),
         (["ann/open"], GOOD, 1, "ann/open is public: publish there with private=False (--public), or choose another name"),
     ],
 )
@@ -159,7 +160,7 @@ def test_hostile_names_in_the_card_are_code() -> None:
     ds = dataset(20).rename_column("risk_gradient", "risk_`<script>`|x\n# heading")
     model = {"model": {"name": "<img src=x>`\n# no", "fingerprint": "1"}}
     account = {"model": model, "anchors": None, "data": "[a](javascript:b)"}
-    card = DatasetCard(make_card(ds, "risk_gradient_balanced", "ann/x", account, None, None, picture=False))
+    card = DatasetCard(scored_card(ds, "risk_gradient_balanced", "ann/x", account, None, None, picture=False))
     assert "\n# heading" not in card.text
     assert "\n# no" not in card.text
     for line in card.text.splitlines():
@@ -180,3 +181,76 @@ def test_not_publishable(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
     (tmp_path / "rows.jsonl").write_text('{"prompt": "p", "completion": "c"}\n')
     assert cli.main(["publish", str(tmp_path / "rows.jsonl"), "ann/x", "--quiet"]) == 1
     assert "no risk_... column: score it first" in capsys.readouterr().err
+
+
+def test_scorers_and_anchors_round_trip(hub: HubServer, tmp_path: Path, model_folder: Path, anchors) -> None:
+    """Pushed from a folder's model; read back, it scores the same without fitting, and only that model."""
+    anchors.save(tmp_path / "anchors")
+    code = f"""
+import json
+from hf_safefilter import AnchorSet, SafetyRiskScorer
+from hf_safefilter.errors import InputError
+from hf_safefilter.scores import RepresentationScore
+row = {{"prompt": "Name a colour.", "completion": "Blue, or green."}}
+made = SafetyRiskScorer({str(model_folder)!r}, AnchorSet.load({str(tmp_path / "anchors")!r}), ["gradient"], max_length=77)
+said = [made.anchors.push_to_hub("ann/anchors"), made.push_to_hub("ann/scorer")]
+said.append(AnchorSet.load("ann/anchors") == made.anchors)
+import hf_safefilter.session
+def no_fit(*args, **kwargs): raise AssertionError("fitted again")
+first = made(row)["risk_gradient"]
+hf_safefilter.session.fit = no_fit
+back = SafetyRiskScorer.from_pretrained("ann/scorer", model={str(model_folder)!r}, tokenizer={str(model_folder)!r})
+said += [float(first), float(back(row)["risk_gradient"]), back.max_length]
+for arguments in (["ann/scorer"], ["ann/nothing"], ["ann/anchors-x y"]):
+    try:
+        SafetyRiskScorer.from_pretrained(*arguments)
+    except InputError as error:
+        said.append(str(error))
+print(json.dumps(said))
+"""
+    done = command(hub, tmp_path, code=code)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said[:3] == [f"{hub.endpoint}/datasets/ann/anchors", f"{hub.endpoint}/ann/scorer", True]
+    assert said[3] == pytest.approx(said[4], abs=1e-6)
+    assert said[5] == 77
+    assert "a model that is not on the Hub: pass model=" in said[6]
+    assert "no scorer at 'ann/nothing'" in said[7]
+    assert "no scorer at 'ann/anchors-x y'" in said[8]
+    for kind, name in (("models", "scorer"), ("datasets", "anchors")):
+        card = DatasetCard.load(hub.root / kind / "ann" / name / "README.md")
+        assert BEGIN in card.text
+        assert (hub.root / kind / "ann" / name / ".private").exists()
+    assert str(tmp_path) not in (hub.root / "models/ann/scorer/scorer.json").read_text()
+
+
+def test_a_saved_scorer_keeps_scores_and_options(tmp_path: Path, model, tokenizer, anchors) -> None:
+    made = SafetyRiskScorer(
+        model,
+        anchors,
+        [RepresentationScore(top_n=3), "gradient"],
+        tokenizer=tokenizer,
+        parameters="last-1",
+        max_response_tokens=4,
+    )
+    made.save_pretrained(tmp_path / "scorer")
+    back = SafetyRiskScorer.from_pretrained(tmp_path / "scorer", model=model, tokenizer=tokenizer, max_length=50)
+    assert back.scores == made.scores
+    assert (back.parameters, back.max_response_tokens, back.max_length) == ("last-1", 4, 50)
+    row = {"prompt": "Name a colour.", "completion": "Blue, or green."}
+    expected, found = made(row), back(row)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name] == (value if isinstance(value, str) else pytest.approx(value, abs=1e-6)), name
+    assert "<th>scores</th><td>gradient, representation</td>" in back._repr_html_()
+    path = tmp_path / "scorer/scorer.json"
+    saved = json.loads(path.read_text())
+    for change, message in (
+        ({"format": "x"}, "has the format 'x'"),
+        ({"scores": [{"name": "gradient", "version": 0}]}, "uses version 0 of the score 'gradient'"),
+        ({"scores": [{"name": "gradient", "version": 2, "power": 3}]}, "scorer.json is damaged: TypeError"),
+        ({"options": None}, "scorer.json is damaged"),
+    ):
+        path.write_text(json.dumps(saved | change))
+        with pytest.raises(InputError, match=message):
+            SafetyRiskScorer.from_pretrained(tmp_path / "scorer", model=model, tokenizer=tokenizer)

@@ -134,6 +134,28 @@ class AnchorSet:
         write_atomically(path, (json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n").encode())
         return path
 
+    def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
+        """Publish the set as a dataset repository with a card, which `load` reads; returns its address.
+
+        Raises:
+            InputError, EvaluationError: see `push_scored_to_hub`.
+        """
+        from .cards import card
+        from .hub import push_files
+
+        values = {
+            "harmful": len(self.harmful),
+            "safe": len(self.safe),
+            "name": self.name or "",
+            "content_hash": self.content_hash[:12],
+        }
+        data = (json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+        def make_card(repo_id: str, old: str | None) -> str:
+            return card("anchors_card.md.jinja", values | {"repo_id": repo_id}, repo_id, {}, old)
+
+        return push_files({FILE_NAME: data}, make_card, repo_id, "dataset", private=private, token=token)
+
     @classmethod
     def from_dataset(
         cls,

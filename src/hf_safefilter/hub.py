@@ -1,36 +1,26 @@
-"""Publishing scored datasets on the Hub, privately unless told otherwise, in one commit: all of it or nothing.
-
-The card's part between two marks is ours and is written anew each time; what a person wrote around it, and the metadata that a
-person added, stay.
-"""
+"""Publishing on the Hub, privately unless told otherwise, in one commit: all of it or nothing."""
 
 from __future__ import annotations
 
-import io
 import json
-import logging
 import tempfile
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from .accounts import RUN_FILE, model_text, read_account, without_folders
+from .accounts import RUN_FILE, read_account, without_folders
+from .cards import BEGIN, DATA_FILE, PICTURE_FILE, histogram, scored_card
 from .errors import EvaluationError, InputError, first_line
 from .select import default_score, score_columns, score_values
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-logger = logging.getLogger(__name__)
-
-DATA_FILE, CARD_FILE, PICTURE_FILE = "data/train-00000-of-00001.parquet", "README.md", "scores.png"
-BEGIN, END = "<!-- hf_safefilter: begin, written anew at each push -->", "<!-- hf_safefilter: end -->"
-TAGS = ("hf_safefilter", "safety")
+CARD_FILE = "README.md"
+RepoType = Literal["dataset", "model"]
 
 
 def push_scored_to_hub(
@@ -61,7 +51,6 @@ def push_scored_to_hub(
             uploaded is not sent again.
     """
     from datasets import Dataset
-    from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
     if not isinstance(ds, Dataset):
         raise InputError(f"publishing needs a datasets.Dataset with scores, got {type(ds).__name__}")
@@ -70,25 +59,53 @@ def push_scored_to_hub(
     if not len(ds) or np.isnan(values).all():
         raise InputError("no row has a score" if len(ds) else "the dataset has no rows")
     check_repo_id(repo_id)
+    account = without_folders(read_account(run))
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "rows.parquet"
+        ds.to_parquet(str(data))
+        picture = histogram(values, by)
+        files: dict[str, str | bytes] = {DATA_FILE: str(data)}
+        files |= {RUN_FILE: (json.dumps(account, indent=1, ensure_ascii=False) + "\n").encode()} if account else {}
+        files |= {PICTURE_FILE: picture} if picture else {}
+
+        def make_card(repo_id: str, old: str | None) -> str:
+            return scored_card(ds, by, repo_id, account, license, old, picture=picture is not None)
+
+        return push_files(files, make_card, repo_id, "dataset", private=private, token=token)
+
+
+def push_files(
+    files: Mapping[str, str | bytes],
+    make_card: Callable[[str, str | None], str],
+    repo_id: str,
+    repo_type: RepoType,
+    *,
+    private: bool,
+    token: str | None,
+) -> str:
+    """Push files, by their names there (contents, or paths here), and a card, in one commit; returns the page's address.
+
+    Args:
+        files: what to push.
+        make_card: makes the card from the repository's full name and the card that is there, if any.
+        repo_id, repo_type: where to; made if it is not there.
+        private, token: see `push_scored_to_hub`, also for what is raised.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+
+    check_repo_id(repo_id)
     token = token or get_token()
     if not token:
         raise InputError("no token for the Hub: run  hf auth login  or set HF_TOKEN")
-    account = without_folders(read_account(run))
     api = HfApi(token=token)
-    with _explained(repo_id), tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "rows.parquet"
-        ds.to_parquet(str(data))
-        repo_id, parent, old_card = _repository(api, repo_id, private)
-        picture = _picture(values, by)
-        card = make_card(ds, by, repo_id, account, license, old_card, picture=picture is not None)
-        files: dict[str, str | bytes] = {DATA_FILE: str(data), CARD_FILE: card.encode("utf-8", "replace")}
-        files |= {RUN_FILE: (json.dumps(account, indent=1, ensure_ascii=False) + "\n").encode()} if account else {}
-        files |= {PICTURE_FILE: picture} if picture else {}
-        operations = [CommitOperationAdd(path, content) for path, content in files.items()]
+    with _explained(repo_id):
+        repo_id, parent, old = _repository(api, repo_id, repo_type, private)
+        contents = {**files, CARD_FILE: make_card(repo_id, old).encode("utf-8", "replace")}
+        operations = [CommitOperationAdd(path, content) for path, content in contents.items()]
         api.create_commit(
-            repo_id, operations, repo_type="dataset", commit_message="Scored with hf_safefilter", parent_commit=parent
+            repo_id, operations, repo_type=repo_type, commit_message="Pushed by hf_safefilter", parent_commit=parent
         )
-        return f"{api.endpoint}/datasets/{repo_id}"
+    return f"{api.endpoint}/{'datasets/' * (repo_type == 'dataset')}{repo_id}"
 
 
 def check_repo_id(repo_id: Any) -> str:
@@ -103,98 +120,25 @@ def check_repo_id(repo_id: Any) -> str:
     return str(repo_id)
 
 
-def make_card(
-    ds: Dataset,
-    by: str,
-    repo_id: str,
-    account: Mapping[str, Any] | None,
-    license: str | None,
-    old: str | None,
-    *,
-    picture: bool,
-) -> str:
-    """The dataset card; `old` is the one that is there, whose other parts are kept."""
-    from huggingface_hub import DatasetCard, DatasetCardData
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    environment.filters["plain"] = plain
-    template = resources.files(__package__).joinpath("assets/templates/scored_card.md.jinja").read_text("utf-8")
-    lines = []
-    for name in score_columns(ds):
-        values = score_values(ds, [name])
-        known = values[~np.isnan(values)]
-        quantiles = np.quantile(known, [0.05, 0.5, 0.95]).tolist() if len(known) else [float("nan")] * 3
-        lines.append({"name": name, "scored": len(known), "quantiles": quantiles})
-    status = ds["risk_status"][:] if "risk_status" in ds.column_names else []
-    missing = np.isnan(score_values(ds, [by]))
-    reasons = Counter(why for why, no in zip(status, missing, strict=False) if no) if len(status) else Counter()
-    license = license or (ds.info.license or None)
-    ours = environment.from_string(template).render(
-        rows=len(ds), by=by, repo_id=repo_id, columns=lines, reasons=reasons.most_common(10),
-        model=model_text(account), anchors=(account or {}).get("anchors") or {}, source=(account or {}).get("data"),
-        license=license, picture=PICTURE_FILE if picture else None, unscored=bool(missing.any()),
-    )  # fmt: skip
-    section = f"{BEGIN}\n{ours}\n{END}"
-    card = DatasetCard(old, ignore_metadata_errors=True) if old else None
-    data = card.data.to_dict() if card else {}
-    data["tags"] = list(dict.fromkeys([*(data.get("tags") or []), *TAGS]))
-    data["configs"] = [{"config_name": "default", "data_files": [{"split": "train", "path": DATA_FILE}]}]
-    if license:
-        data["license"] = license
-    text = card.text if card else f"# {repo_id}\n"
-    if BEGIN in text and END in text:
-        text = text[: text.index(BEGIN)] + section + text[text.index(END) + len(END) :]
-    else:
-        text = f"{text.rstrip()}\n\n{section}\n"
-    header = str(DatasetCardData(**data, ignore_metadata_errors=True))
-    return f"---\n{header}\n---\n{text}"
-
-
-def plain(text: Any) -> str:
-    """Text from outside on one line of a card, as code that neither Markdown nor HTML reads."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split()).replace("`", "'").replace("|", "¦")
-    return f"`{line[:200]}`" if line else "not said"
-
-
-def _repository(api: Any, repo_id: str, private: bool) -> tuple[str, str | None, str | None]:
+def _repository(api: Any, repo_id: str, repo_type: RepoType, private: bool) -> tuple[str, str | None, str | None]:
     """The repository's full name, the commit to build on, and its card; made where it is not there."""
     from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
     try:
-        info = api.dataset_info(repo_id)
+        info = api.repo_info(repo_id, repo_type=repo_type)
     except RepositoryNotFoundError:
-        made = api.create_repo(repo_id, repo_type="dataset", private=private)
+        made = api.create_repo(repo_id, repo_type=repo_type, private=private)
         return made.repo_id, None, None
     if private and not info.private:
         raise InputError(f"{info.id} is public: publish there with private=False (--public), or choose another name")
     try:
-        card = Path(api.hf_hub_download(info.id, CARD_FILE, repo_type="dataset", revision=info.sha)).read_text("utf-8")
+        card = Path(api.hf_hub_download(info.id, CARD_FILE, repo_type=repo_type, revision=info.sha)).read_text("utf-8")
     except EntryNotFoundError:
         card = None
     others = {f.rfilename for f in info.siblings or []} - {".gitattributes", CARD_FILE}
     if others and (card is None or BEGIN not in card):
-        raise InputError(f"{info.id} holds another dataset ({sorted(others)[0]}): choose another name")
+        raise InputError(f"{info.id} holds something else ({sorted(others)[0]}): choose another name")
     return info.id, info.sha, card
-
-
-def _picture(values: np.ndarray, by: str) -> bytes | None:
-    """A histogram as PNG; `None` where matplotlib is not installed."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        logger.info("no histogram in the card: pip install matplotlib")
-        return None
-    figure = Figure(figsize=(6, 2.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.hist(values[np.isfinite(values)], bins=60, color="#5b7fb5")
-    axes.set_xlabel(f"{by} (higher is riskier)", parse_math=False)
-    axes.set_ylabel("rows")
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
-    return file.getvalue()
 
 
 @contextmanager

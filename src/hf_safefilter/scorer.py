@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from functools import reduce
+from html import escape
 from operator import or_
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from .accounts import model_text
 from .anchors import AnchorSet
 from .chat import ChatEncoder, Example, Target, check_options
 from .engine.identity import Source, module_source, module_stamp, resolve, tokenizer_source
@@ -29,6 +31,7 @@ from .engine.passes import Needs
 from .errors import InputError, UnscorableRow
 from .formats import check_columns
 from .reference import Description, save_reference
+from .saving import load_scorer, push_scorer, save_scorer
 from .scores import Score, resolve_scores
 from .scores.base import check_count
 from .scores.gradient import GradientScore, balanced_weights
@@ -277,6 +280,35 @@ class SafetyRiskScorer:
         session = self._session(rank)
         return save_reference(folder, session.reference, session.engine, session.encoder.tokenizer, self.anchors, self.scores)
 
+    def save_pretrained(self, folder: str | Path, rank: int | None = None) -> Path:
+        """Write the settings (`scorer.json`) and the fitted reference to a folder; returns the folder."""
+        return save_scorer(self, folder, rank)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None, rank: int | None = None) -> str:
+        """Publish what `save_pretrained` writes as a model repository with a card; returns its address.
+
+        Raises:
+            InputError, EvaluationError: see `push_scored_to_hub`.
+        """
+        return push_scorer(self, repo_id, private=private, token=token, rank=rank)
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, model: Any = None, *, revision: str | None = None, **options: Any
+    ) -> SafetyRiskScorer:
+        """The scorer in a folder or a Hub repository; it scores as the one that was saved, without fitting.
+
+        Args:
+            source: a folder, or a Hub id.
+            model: the model, where the scorer's is not on the Hub (then with what it needs, such as `adapter=...`).
+            revision: of the Hub repository.
+            options: of the scorer, instead of the saved ones, such as `device`.
+
+        Raises:
+            InputError: no scorer there, or of another version; the model is needed.
+        """
+        return load_scorer(source, model, revision=revision, **options)
+
     def __call__(self, batch: Any, rank: int | None = None) -> Any:
         """Score a batch or a row as `datasets.map` passes it.
 
@@ -382,6 +414,15 @@ class SafetyRiskScorer:
             gradients=GradientOptions(self.parameters, self.direction_energy, self.gradient_checkpointing),
             reference=self.reference,
         )
+
+    def _repr_html_(self) -> str:
+        settings = {
+            "model": model_text({"model": asdict(self.spec)}), "dtype": self.spec.dtype,
+            "scores": ", ".join(score.name for score in self.scores), "anchors": repr(self.anchors),
+            **{name: getattr(self, name) for name in OPTIONS if getattr(self, name) not in (None, False)},
+        }  # fmt: skip
+        rows = "".join(f"<tr><th>{escape(str(n))}</th><td>{escape(str(v))}</td></tr>" for n, v in settings.items())
+        return f"<table><caption>SafetyRiskScorer</caption>{rows}</table>"
 
     def __repr__(self) -> str:
         names = ", ".join(score.name for score in self.scores)
