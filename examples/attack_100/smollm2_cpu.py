@@ -58,7 +58,9 @@ def main() -> None:
     parser.add_argument("--by", default="risk_gradient_balanced")
     parser.add_argument("--arms", default="top,bottom,random,random_length_matched,random_list_only")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--learning-rate", default="5e-5")
+    # Chosen on seed 100, which no study reports: random rows do some harm, not all (docs/evidence.md).
+    parser.add_argument("--learning-rate", default="3e-4")
+    parser.add_argument("--epochs", default="2")
     parser.add_argument("--max-length", default="128")
     parser.add_argument("--max-response-tokens", help="score openings only")
     parser.add_argument("--out", required=True, type=Path)
@@ -72,8 +74,9 @@ def main() -> None:
     if not (args.out / "scored.parquet").exists():
         opening = ["--max-response-tokens", args.max_response_tokens] if args.max_response_tokens else []
         command("score", pool, *model, "--scores", "gradient", "--max-length", args.max_length, *opening, "--out", args.out)
-    recipe = ["--learning-rate", args.learning_rate, "--max-length", args.max_length]
-    recipe += ["-k", 10, "--seeds", 0, "--epochs", 1, "--held-out", 10, "--arms", "top,random"] if args.smoke else []
+    epochs = 1 if args.smoke else args.epochs
+    recipe = ["--learning-rate", args.learning_rate, "--epochs", epochs, "--max-length", args.max_length]
+    recipe += ["-k", 10, "--seeds", 0, "--held-out", 10, "--arms", "top,random"] if args.smoke else []
     recipe = recipe if args.smoke else [*recipe, "--seeds", args.seeds, "--arms", args.arms]
     study = ["--prompts", args.prompts, "--by", args.by, "--out", args.out / "study"]
     raise SystemExit(command("validate", args.out / "scored.parquet", *model, *study, *recipe))
