@@ -168,6 +168,24 @@ def test_sort_search_and_pages(page) -> None:
         assert found.page.locator("#table tbody td").nth(1).text_content() == "–"
 
 
+def test_of_many_scores_the_table_shows_three(tmp_path: Path) -> None:
+    ds = dataset(30)
+    for i, name in enumerate("abcd"):
+        ds = ds.add_column(f"risk_{name}", [float((7 * j + i) % 30) for j in range(30)])
+    scored_report(ds, tmp_path / "report.html")
+    with opened(tmp_path / "report.html") as found:
+        heads = lambda: [h.get_attribute("data-sort") for h in found.page.locator("#table th[data-sort]").all()]  # noqa: E731
+        assert heads() == ["row", "risk_gradient_balanced", "risk_gradient", "risk_a"]
+        found.page.select_option("#sort", "risk_d/down")
+        assert heads() == ["row", "risk_gradient_balanced", "risk_gradient", "risk_d"]
+        assert found.page.locator("#table tbody td").nth(3).text_content() == "29"
+        found.page.select_option("#score", "risk_c")
+        assert heads() == ["row", "risk_gradient_balanced", "risk_c", "risk_d"]
+        found.page.click("th[data-sort=risk_c] button")
+        assert found.page.evaluate("() => document.activeElement.parentElement.dataset.sort") == "risk_c"
+        assert found.console == []
+
+
 def test_long_answers_are_folded(page) -> None:
     with opened(page[0]) as found:
         cell = found.page.locator("#table tbody td.text").nth(4).locator("details.long")

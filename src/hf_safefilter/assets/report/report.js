@@ -5,6 +5,7 @@
   const $ = (id) => document.getElementById(id);
   const SVG = "http://www.w3.org/2000/svg";
   const PAGE = 20;
+  const COLUMNS = 3;
   const LONG = 320; // characters of a response shown before it is folded
   const count = data.shown.length;
   const number = (n) => n.toLocaleString("en");
@@ -173,11 +174,14 @@
     const rows = order();
     const pages = Math.max(1, Math.ceil(rows.length / PAGE));
     state.page = Math.max(0, Math.min(pages - 1, state.page));
+    const before = columns;
+    columns = inTable();
+    if (columns !== before) makeHead(); // else what has the focus keeps it
     const body = $("table").tBodies[0];
     body.replaceChildren(...rows.slice(state.page * PAGE, (state.page + 1) * PAGE).map((i) => {
       const line = element("tr", { class: removed(i) ? "removed" : "kept" });
       line.append(element("td", { "data-name": "row" }, String(data.shown[i])));
-      for (const name of data.columns) line.append(element("td", { "data-name": name }, shorten(scores[name][i])));
+      for (const name of columns) line.append(element("td", { "data-name": name }, shorten(scores[name][i])));
       line.append(textCell(i));
       return line;
     }));
@@ -193,10 +197,19 @@
     $("sort").value = `${state.sort}/${state.descending ? "down" : "up"}`;
   };
 
+  // A few scores in the table, so that there is room for the text: what is cut by, what is sorted by, then the first ones.
+  let columns = [];
+  const inTable = () => {
+    const needed = [state.by, ...(state.sort === "row" ? [] : [state.sort])];
+    if (needed.every((name) => columns.includes(name))) return columns; // no reason to move anything
+    const chosen = new Set(Array.from(new Set([...needed, ...data.columns])).slice(0, COLUMNS));
+    return data.columns.filter((name) => chosen.has(name));
+  };
+
   const makeHead = () => {
     const line = element("tr");
-    for (const name of ["row", ...data.columns]) {
-      const head = element("th", { scope: "col", "data-sort": name, title: name });
+    for (const name of ["row", ...columns]) {
+      const cell = element("th", { scope: "col", "data-sort": name, title: name });
       const button = element("button", { type: "button" }, name);
       button.addEventListener("click", () => {
         state.descending = state.sort === name ? !state.descending : name !== "row";
@@ -204,11 +217,14 @@
         state.page = 0;
         showRows();
       });
-      head.append(button);
-      line.append(head);
+      cell.append(button);
+      line.append(cell);
     }
     line.append(element("th", { scope: "col", class: "text" }, "prompt and response"));
-    $("table").tHead.append(line);
+    $("table").tHead.replaceChildren(line);
+  };
+
+  const makeSort = () => {
     for (const name of [...data.columns, "row"]) {
       $("sort").append(element("option", { value: `${name}/down` }, `${name}, highest first`));
       $("sort").append(element("option", { value: `${name}/up` }, `${name}, lowest first`));
@@ -217,7 +233,7 @@
 
   const drawScatter = () => {
     const [a, b] = [$("across").value, $("up").value];
-    const size = 460, edge = 46;
+    const size = 460, edge = 58;
     const both = [];
     for (let i = 0; i < count; i += 1) if (!Number.isNaN(scores[a][i]) && !Number.isNaN(scores[b][i])) both.push(i);
     const range = (name) => {
@@ -275,7 +291,7 @@
 
   const start = () => {
     for (const name of truncated ? [data.by] : data.columns) $("score").append(element("option", {}, name));
-    makeHead();
+    makeSort();
     chooseScore(data.by);
     if ($("scatter")) {
       for (const name of data.columns) {
