@@ -19,10 +19,11 @@ from hf_safefilter.chat import Example
 from hf_safefilter.errors import EvaluationError, InputError
 from hf_safefilter.formats import Conversation
 from hf_safefilter.patterns import describe, patterns
+from hf_safefilter.select import spearman
 from hf_safefilter.tuning import Recipe, StepSampler, tune
 from hf_safefilter.validate import AttackRecipe, Evaluation, Subject, groups, plan, run, summarize, write_tables
 from hf_safefilter.validate.arms import Pool, draw, expand
-from hf_safefilter.validate.statistics import correlation, difference, monotone, spearman, success
+from hf_safefilter.validate.statistics import correlation, difference, monotone, success
 
 
 def pool(n: int = 100) -> Pool:

@@ -161,6 +161,14 @@ def ranks(values: np.ndarray) -> np.ndarray:
     return (last - (counts - 1) / 2)[inverse]
 
 
+def spearman(x: Any, y: Any) -> float:
+    """Spearman's rank correlation of two sequences; NaN where one is constant."""
+    a, b = (ranks(np.asarray(v, dtype=float)) for v in (x, y))
+    a, b = a - a.mean(), b - b.mean()
+    size = np.sqrt((a @ a) * (b @ b))
+    return float(a @ b / size) if size else float("nan")
+
+
 def _riskiest(risk: np.ndarray, k: int | None, fraction: float | None, threshold: float | None) -> list[int]:
     """Row indices within the budget, highest risk first, ties in dataset order."""
     given = {n: v for n, v in (("k", k), ("fraction", fraction), ("threshold", threshold)) if v is not None}

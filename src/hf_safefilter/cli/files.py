@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..accounts import RUN_FILE
 from ..errors import InputError, first_line
 from ..files import replacing
 
@@ -62,6 +63,13 @@ def read_rows(data: str, split: str | None = None, *, csv_as_text: bool = False)
             raise InputError(f"{data} has no split {split!r}; it has {_listed(loaded)}")
         loaded = loaded[split]
     return loaded
+
+
+def account_beside(data: str) -> Path | None:
+    """The account of the scoring run that left these rows, where they are `score`'s output."""
+    path = Path(data)
+    account = (path if path.is_dir() else path.parent) / RUN_FILE
+    return account if account.is_file() and (path.is_dir() or path.name == SCORED) else None
 
 
 def _as_text(path: Path) -> dict[str, Any]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
-from ..accounts import RUN_FILE
-from .files import read_rows
+from .files import account_beside, read_rows
 
 
 def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -34,12 +32,11 @@ def run(args: argparse.Namespace) -> int:
     from ..hub import check_repo_id, push_scored_to_hub
 
     check_repo_id(args.repo_id)  # reading may take long
-    account = Path(args.data) / RUN_FILE
     address = push_scored_to_hub(
         read_rows(args.data, args.split),
         args.repo_id,
         private=not args.public,
-        run=account if account.is_file() else None,
+        run=account_beside(args.data),
         license=args.license,
         by=args.by,
     )

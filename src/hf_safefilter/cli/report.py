@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..accounts import RUN_FILE
-from .files import SCORED, read_rows
+from .files import account_beside, read_rows
 from .score import columns_argument
 
 
@@ -39,16 +39,13 @@ def run(args: argparse.Namespace) -> int:
     """Read, render, write."""
     from ..report import scored_report
 
-    path = Path(args.data)
-    beside = (path if path.is_dir() else path.parent) / RUN_FILE
-    account = args.account or (beside if beside.is_file() and (path.is_dir() or path.name == SCORED) else None)
     report = scored_report(
         read_rows(args.data, args.split),
         args.out,
-        title=args.title or f"Scored rows of {path.resolve().name}",
+        title=args.title or f"Scored rows of {Path(args.data).resolve().name}",
         by=args.by,
         columns=columns_argument(args.columns),
-        run=account,
+        run=args.account or account_beside(args.data),
         monitor=args.monitor,
         validate=args.validate,
     )

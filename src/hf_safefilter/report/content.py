@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..accounts import model_text, read_account
+from ..accounts import model_text, read_account, without_folders
 from ..errors import InputError, UnscorableRow
 from ..formats import Layout, find_layout, to_conversation
 from ..patterns import patterns
-from ..select import DEFAULT_ORDER, default_score, ranks, score_columns, score_values
+from ..select import DEFAULT_ORDER, default_score, score_columns, score_values, spearman
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -51,7 +51,7 @@ class Content:
         unscored: how many rows have no score, by reason.
         common: `patterns` of the riskiest tenth and of the rest.
         model: that was scored with, in a line.
-        run: the account that `score` wrote, or `None`.
+        run: the account that `score` wrote, without folders of that machine, or `None`.
         history: of a monitor run: refusal rates by step, or `None`.
         study: the summary that `validate` wrote, or `None`.
     """
@@ -115,10 +115,11 @@ def gather(
     status = ds["risk_status"][:] if "risk_status" in ds.column_names else [None] * len(ds)
     if missing.all():
         raise InputError(f"no row has a score in {by!r}; the first row: {status[0] or 'no reason given'}")
-    order = np.argsort(np.where(missing, np.inf, -risk), kind="stable")[:MAX_ROWS]
+    riskiest_first = np.argsort(np.where(missing, np.inf, -risk), kind="stable")  # rows without a score last
+    order = riskiest_first[:MAX_ROWS]
     room = max(1, SCORE_BYTES // (len(order) * 16 // 3 + 1))
     kept = list(scores)[:room]
-    account = read_account(run)
+    account = without_folders(read_account(run))
     layout = find_layout([c for c in ds.column_names if not c.startswith("risk_")], columns)
     texts = _texts(ds, layout)
     prompts, responses, full = _cut([texts[i] for i in order.tolist()])
@@ -137,7 +138,7 @@ def gather(
         full=full,
         heat=_heat(ds, order[:full].tolist()),
         unscored=dict(Counter(str(why) for why, no in zip(status, missing, strict=True) if no).most_common(20)),
-        common=_common(ds, [response for _, response in texts], risk),
+        common=_common(ds, [response for _, response in texts], riskiest_first[: int((~missing).sum())].tolist()),
         run=account,
         model=model_text(account),
         history=None if monitor is None else _history(Path(monitor)),
@@ -156,9 +157,8 @@ def _correlations(scores: Sequence[np.ndarray]) -> list[list[float | None]]:
 
     def one(a: np.ndarray, b: np.ndarray) -> float | None:
         both = ~(np.isnan(a) | np.isnan(b))
-        if both.sum() < 2 or np.ptp(a[both]) == 0 or np.ptp(b[both]) == 0:
-            return None
-        return round(float(np.corrcoef(ranks(a[both]), ranks(b[both]))[0, 1]), 3)
+        rho = spearman(a[both], b[both]) if both.any() else float("nan")
+        return None if np.isnan(rho) else round(rho, 3)
 
     return [[one(a, b) for b in scores] for a in scores]
 
@@ -225,10 +225,8 @@ def _weight(text: str) -> int:
     return len(json.dumps(text, ensure_ascii=False).encode("utf-8", "backslashreplace"))
 
 
-def _common(ds: Dataset, responses: list[str], risk: np.ndarray) -> list[dict[str, Any]]:
-    """What the riskiest tenth looks like beside the rest."""
-    scored = np.flatnonzero(~np.isnan(risk))
-    order = scored[np.argsort(-risk[scored], kind="stable")].tolist()
+def _common(ds: Dataset, responses: list[str], order: list[int]) -> list[dict[str, Any]]:
+    """What the riskiest tenth of the scored rows, riskiest first in `order`, looks like beside the rest."""
     count = max(1, round(RISKIEST * len(order)))
     kinds = next((ds[c][:] for c in ("kind", "source", "category") if c in ds.column_names), None)
     groups = {f"riskiest {count}": order[:count]} | ({"the rest": order[count:]} if order[count:] else {})

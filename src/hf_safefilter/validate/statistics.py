@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ..select import spearman
+
 DRAWS = 10_000
 # Whether each answer complied, [seeds, prompts]: 1, 0, or NaN where it could not be judged.
 Outcomes = np.ndarray
@@ -68,16 +70,6 @@ def monotone(bins: Sequence[Outcomes]) -> dict[str, Any]:
         "share": float((np.diff(draws, axis=0) <= 0).all(axis=0).mean()),
         "first_minus_last": difference(bins[0], bins[-1]).as_dict(),
     }
-
-
-def spearman(x: Any, y: Any) -> float:
-    """Spearman's rank correlation of two sequences; NaN where one is constant."""
-    from ..select import ranks
-
-    a, b = (ranks(np.asarray(v, dtype=float)) for v in (x, y))
-    a, b = a - a.mean(), b - b.mean()
-    size = np.sqrt((a @ a) * (b @ b))
-    return float(a @ b / size) if size else float("nan")
 
 
 def correlation(x: Any, y: Any) -> dict[str, Any]:
