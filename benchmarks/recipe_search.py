@@ -2,7 +2,7 @@
 
 python benchmarks/recipe_search.py --data pool.jsonl --model MODEL --adapter ADAPTER --learning-rate 2e-4 [--prompts FILE]
 
-Fine-tunes on 100 random rows (of one --source, if given) and counts refusals after some steps. Use a seed that no study
+Fine-tunes on --rows random rows (100; of one --source, if given) and counts refusals after some steps. Use a seed that no study
 reports.
 """
 
@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--adapter")
     parser.add_argument("--prompts", default="default")
     parser.add_argument("--source", action="append", help="take rows of this source only; may be given again")
+    parser.add_argument("--rows", type=int, default=100, help="how many random rows; 0 for all")
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--max-length", type=int, default=128)
@@ -53,12 +54,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=100)
     args = parser.parse_args()
     rows = [json.loads(line) for line in Path(args.data).read_text("utf-8").splitlines()]
-    rows = random.Random(args.seed).sample([r for r in rows if not args.source or r["source"] in args.source], 100)
+    rows = [r for r in rows if not args.source or r["source"] in args.source]
+    rows = random.Random(args.seed).sample(rows, args.rows or len(rows))
     model, tokenizer = load(named_spec(args.model, adapter=args.adapter, dtype="float32"), "cpu")
     recipe = AttackRecipe(epochs=args.epochs, learning_rate=args.learning_rate, max_length=args.max_length)
     subject = Subject(model, tokenizer, recipe, Evaluation(prompts=args.prompts, perplexity=False))
     examples = [e for e in subject.encode(rows, find_layout(["prompt", "completion"])) if e is not None]
-    watch = Watch(subject, {3, 5, 10, 15, 20, recipe.steps(len(examples))})
+    watch = Watch(subject, {3, 5, 10, 15, 20, 40, recipe.steps(len(examples))})
     with tempfile.TemporaryDirectory() as folder:
         tuned = tune(
             copy.deepcopy(model), tokenizer, examples, recipe, seed=args.seed, folder=Path(folder), callbacks=[watch],

@@ -178,11 +178,12 @@ class HubServer:
             return self._json(request, [self._entry(folder, p) for p in sorted(found)])
         if rest[:1] == ["paths-info"]:
             return self._json(request, [])
+        sized = "blobs" in parse_qs(urlsplit(request.path).query)
         info = {
             "id": "/".join(folder.parts[-2:]),
             "sha": commit,
             "private": (folder / ".private").exists(),
-            "siblings": [{"rfilename": f} for f in files],
+            "siblings": [{"rfilename": f} | ({"size": (folder / f).stat().st_size} if sized else {}) for f in files],
         }
         return self._json(request, info)
 

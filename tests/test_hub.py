@@ -247,7 +247,7 @@ def test_a_saved_scorer_keeps_scores_and_options(tmp_path: Path, model, tokenize
     saved = json.loads(path.read_text())
     for change, message in (
         ({"format": "x"}, "has the format 'x'"),
-        ({"scores": [{"name": "gradient", "version": 0}]}, "uses version 0 of the score 'gradient'"),
+        ({"scores": [{"name": "gradient", "version": 0}]}, "version 0 of the score 'gradient' is not in this version"),
         ({"scores": [{"name": "gradient", "version": 2, "power": 3}]}, "scorer.json is damaged: TypeError"),
         ({"options": None}, "scorer.json is damaged"),
     ):

@@ -13,6 +13,7 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .anchors import AnchorSet
     from .callbacks.refusal_rate import RefusalRateCallback
+    from .estimate import estimate_scoring
     from .hub import push_scored_to_hub
     from .refusal.metric import refusal_rate
     from .report.page import scored_report
@@ -24,6 +25,7 @@ __all__ = [
     "RefusalRateCallback",
     "SafetyRiskScorer",
     "__version__",
+    "estimate_scoring",
     "filter_risky",
     "push_scored_to_hub",
     "refusal_rate",
@@ -35,6 +37,7 @@ _MODULE_OF = {
     "AnchorSet": "anchors",
     "RefusalRateCallback": "callbacks.refusal_rate",
     "SafetyRiskScorer": "scorer",
+    "estimate_scoring": "estimate",
     "filter_risky": "select",
     "push_scored_to_hub": "hub",
     "refusal_rate": "refusal.metric",

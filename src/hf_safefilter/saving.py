@@ -18,7 +18,6 @@ from .reference import DESCRIPTION, TENSORS
 
 if TYPE_CHECKING:
     from .scorer import SafetyRiskScorer
-    from .scores import Score
 
 SCORER_FILE = "scorer.json"
 _FORMAT = "hf_safefilter.scorer/1"
@@ -50,6 +49,7 @@ def described(scorer: SafetyRiskScorer) -> dict[str, Any]:
 def load_scorer(source: str | Path, model: Any = None, *, revision: str | None = None, **options: Any) -> SafetyRiskScorer:
     """A scorer from a folder or a Hub repository; see `SafetyRiskScorer.from_pretrained`."""
     from .scorer import OPTIONS, SafetyRiskScorer
+    from .scores.registry import score_of
 
     folder = _fetched(source, revision)
     path = folder / SCORER_FILE
@@ -61,23 +61,16 @@ def load_scorer(source: str | Path, model: Any = None, *, revision: str | None =
         found = data.get("format") if isinstance(data, dict) else None
         raise InputError(f"{path} has the format {found!r}; this version reads {_FORMAT!r}")
     try:
-        scores = [_score(key, path) for key in data["scores"]]
+        scores = [score_of(key) for key in data["scores"]]
         given: dict[str, Any] = {name: value for name, value in data["options"].items() if name in OPTIONS}
         if model is None:
             model, named = _named_model(data["model"], source)
             given |= named
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is damaged: {type(error).__name__} {error}") from None
     return SafetyRiskScorer(model, scores=scores, reference=folder, **(given | options))
-
-
-def _score(key: dict[str, Any], path: Path) -> Score:
-    from .scores.registry import SCORES
-
-    kind = SCORES.get(key["name"])
-    if kind is None or kind.version != key["version"]:
-        raise InputError(f"{path} uses version {key['version']} of the score {key['name']!r}, which this version has not")
-    return kind(**{name: value for name, value in key.items() if name not in ("name", "version")})
 
 
 def _named_model(spec: dict[str, Any], source: str | Path) -> tuple[str, dict[str, Any]]:

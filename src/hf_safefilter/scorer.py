@@ -327,19 +327,7 @@ class SafetyRiskScorer:
 
     def _score(self, table: Table, rank: int | None) -> Columns:
         session = self._session(rank)
-        examples: list[Example | None] = []
-        status: list[str] = []
-        for row in table.rows:
-            try:
-                example = session.encoder.encode_row(row, table.layout)
-                if self.max_response_tokens is not None:
-                    example = example.first_targets(self.max_response_tokens)
-            except UnscorableRow as reason:
-                examples.append(None)
-                status.append(str(reason))
-            else:
-                examples.append(example)
-                status.append(example.status)
+        examples, status = self.encode(table, session.encoder)
         encoded = [e for e in examples if e is not None]
         values: dict[str, torch.Tensor] = {}
         terms: list[tuple[list[str], list[float]]] = []
@@ -356,6 +344,23 @@ class SafetyRiskScorer:
             for example, of_row, norm in zip(encoded, signals.attribution, signals.norm, strict=False):
                 terms.append((session.encoder.token_texts(example.input_ids), (of_row / norm).tolist()))
         return self._columns(examples, status, values, terms)
+
+    def encode(self, table: Table, encoder: ChatEncoder) -> tuple[list[Example | None], list[str]]:
+        """Each row's tokens, or `None` where it cannot be scored, and its status: `"ok"`, a remark, or why not."""
+        examples: list[Example | None] = []
+        status: list[str] = []
+        for row in table.rows:
+            try:
+                example = encoder.encode_row(row, table.layout)
+                if self.max_response_tokens is not None:
+                    example = example.first_targets(self.max_response_tokens)
+            except UnscorableRow as reason:
+                examples.append(None)
+                status.append(str(reason))
+            else:
+                examples.append(example)
+                status.append(example.status)
+        return examples, status
 
     def _columns(
         self,

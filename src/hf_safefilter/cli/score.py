@@ -33,6 +33,12 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     p.add_argument("data", help="a Hub id, a folder, or a json, jsonl, csv or parquet file")
     p.add_argument("--out", required=True, type=Path, help="folder for the results")
+    add_row_arguments(p)
+    p.set_defaults(run=run)
+
+
+def add_row_arguments(p: argparse.ArgumentParser) -> None:
+    """Add the arguments that `score` and `estimate` share: which rows, and how they are scored."""
     add_scorer_arguments(p)
     p.add_argument("--reference", help="a folder written by fit: do not fit the anchors again")
     p.add_argument("--columns", help="where the prompt and the response are, such as prompt=q,completion=a")
@@ -42,7 +48,6 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     p.add_argument("--max-length", type=int, default=1024, help="tokens kept of each row (default: 1024)")
     p.add_argument("--max-response-tokens", type=int, help="score rows as if responses ended after this many tokens")
     p.add_argument("--attribution", action="store_true", help="add what each token adds to risk_gradient_balanced")
-    p.set_defaults(run=run)
 
 
 def add_scorer_arguments(p: argparse.ArgumentParser) -> None:
@@ -113,6 +118,22 @@ def build_scorer(args: argparse.Namespace, scores: Sequence[Any], **options: Any
 
 def run(args: argparse.Namespace) -> int:
     """Score and save."""
+    rows, scorer = rows_and_scorer(args)
+    scored, account = score_and_save(rows, scorer, args.out, data=args.data)
+    if args.json:
+        print(json.dumps(account))
+    else:
+        print(riskiest(scored, scorer, 10))
+        print(
+            f"\n{account['scored']} of {account['rows']} rows scored in {account['seconds']:.0f} s; wrote {args.out / SCORED}"
+        )
+        for reason, count in account["unscored"].items():
+            print(f"  {count} without a score: {reason}")
+    return 0
+
+
+def rows_and_scorer(args: argparse.Namespace) -> tuple[Dataset, SafetyRiskScorer]:
+    """What the arguments of `add_row_arguments` ask for."""
     if args.limit is not None and args.limit < 1:
         raise InputError(f"--limit must be at least 1, got {args.limit}")
     columns = columns_argument(args.columns)
@@ -130,17 +151,7 @@ def run(args: argparse.Namespace) -> int:
     rows = read_rows(args.data, args.split, csv_as_text=True)
     if args.limit is not None:
         rows = rows.select(range(min(args.limit, len(rows))))
-    scored, account = score_and_save(rows, scorer, args.out, data=args.data)
-    if args.json:
-        print(json.dumps(account))
-    else:
-        print(riskiest(scored, scorer, 10))
-        print(
-            f"\n{account['scored']} of {account['rows']} rows scored in {account['seconds']:.0f} s; wrote {args.out / SCORED}"
-        )
-        for reason, count in account["unscored"].items():
-            print(f"  {count} without a score: {reason}")
-    return 0
+    return rows, scorer
 
 
 def score_and_save(rows: Dataset, scorer: SafetyRiskScorer, out: Path, *, data: str) -> tuple[Dataset, dict[str, Any]]:

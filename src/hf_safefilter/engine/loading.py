@@ -168,6 +168,21 @@ def load_tokenizer(spec: ModelSpec) -> Any:
         raise InputError(f"cannot load the tokenizer of {spec.tokenizer.name!r}: {first_line(error)}") from None
 
 
+def load_config(spec: ModelSpec) -> Any:
+    """The model's configuration, without its weights.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    from transformers import AutoConfig
+
+    gguf = {"gguf_file": spec.gguf_file} if spec.gguf_file else {}
+    try:
+        return AutoConfig.from_pretrained(**_from(spec.model), **gguf)
+    except _LOAD_ERRORS as error:
+        raise InputError(f"cannot read the configuration of {spec.model.name!r}: {first_line(error)}") from None
+
+
 def _load_model(spec: ModelSpec) -> Any:
     from transformers import AutoModelForCausalLM, GgufConfig
 
@@ -218,7 +233,12 @@ def _merge_adapter(model: Any, adapter: Source) -> Any:
 
 def context_length(model: Any) -> int:
     """The most tokens that the model reads; without bound where its configuration does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    return context_length_of(model.config)
+
+
+def context_length_of(config: Any) -> int:
+    """The same, of a configuration."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
 
 
 def accepts_logits_to_keep(model: Any) -> bool:

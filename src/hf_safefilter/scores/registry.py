@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from ..errors import InputError
 from .base import Score
@@ -55,3 +56,15 @@ def resolve_scores(scores: str | Score | Iterable[str | Score]) -> tuple[Score, 
     if not chosen:
         raise InputError(f"no score chosen; the scores are {', '.join(sorted(SCORES))}, or 'all'")
     return tuple(chosen[name] for name in sorted(chosen))
+
+
+def score_of(key: Mapping[str, Any]) -> Score:
+    """The score that `Score.key` describes.
+
+    Raises:
+        InputError: this version of the package has no such score, or another version of it.
+    """
+    kind = SCORES.get(key["name"])
+    if kind is None or kind.version != key["version"]:
+        raise InputError(f"version {key['version']} of the score {key['name']!r} is not in this version of hf_safefilter")
+    return kind(**{name: value for name, value in key.items() if name not in ("name", "version")})
