@@ -161,7 +161,7 @@ def test_the_command(deep_folder, tmp_path, capsys):
     assert main(command) == 0
     out = capsys.readouterr().out
     assert "40 (all read; 5.0% of these cannot be scored)" in out
-    assert "2 of them: " in out
+    assert "no score    2: no target" in out
     assert "8 blocks" in out
     assert main([*command, "--json", "--rows", "1000", "--limit", "10"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -81,6 +81,39 @@ def test_published_read_back_and_filtered_without_a_model(hub: HubServer, scored
     assert back.to_list() == sent.to_list()
 
 
+def test_the_source_s_license_is_carried_over(hub: HubServer, scored: Path, tmp_path: Path) -> None:
+    for name, head in (
+        ("rows", "license: cc-by-nc-4.0\n"),
+        ("both", "license:\n- mit\n- apache-2.0\n"),
+        ("none", "pretty_name: x\n"),
+    ):
+        (hub.root / f"datasets/org/{name}").mkdir(parents=True)
+        (hub.root / f"datasets/org/{name}/README.md").write_text(f"---\n{head}---\n# Rows\n")
+
+    def card(*arguments: str, to: str = "ann/scored") -> DatasetCard:
+        done = command(hub, tmp_path, "publish", scored, to, "--quiet", *arguments)
+        assert done.returncode == 0, done.stderr
+        assert ("license of org/gone is not known" in done.stderr) == ("org/gone" in arguments)
+        return DatasetCard.load(hub.root / "datasets" / to / "README.md")
+
+    unknown = card("--source", "org/none")
+    assert "license" not in unknown.data.to_dict()
+    assert "not said: ask the source" in unknown.text
+    assert "license" not in card("--source", "org/gone").data.to_dict()
+    # What score wrote says that the rows were on the Hub.
+    account = json.loads((scored / "run.json").read_text())
+    (scored / "run.json").write_text(json.dumps(account | {"data": "org/rows", "data_on_hub": True}))
+    found = card()
+    assert (found.data.license, found.data.source_datasets) == ("cc-by-nc-4.0", ["org/rows"])
+    assert "| license of the rows | `cc-by-nc-4.0` |" in found.text
+    # What stands in the card is a person's decision; what is said now goes before it.
+    assert card("--source", "org/both").data.license == "cc-by-nc-4.0"
+    assert card("--license", "mit").data.license == "mit"
+    both = card("--source", "org/both", to="ann/more")
+    assert both.data.license == ["mit", "apache-2.0"]
+    assert "| `mit, apache-2.0` |" in both.text
+
+
 def test_what_a_person_wrote_stays(hub: HubServer, scored: Path, tmp_path: Path) -> None:
     assert command(hub, tmp_path, "publish", scored, "ann/scored", "--quiet").returncode == 0
     path = hub.root / "datasets/ann/scored/README.md"

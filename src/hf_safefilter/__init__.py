@@ -54,3 +54,13 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+def load_ipython_extension(ipython: Any) -> None:
+    """`%load_ext hf_safefilter`: scored datasets are shown as tables in a notebook."""
+    import_module(".notebook", __name__).load_ipython_extension(ipython)
+
+
+def unload_ipython_extension(ipython: Any) -> None:
+    """`%unload_ext hf_safefilter`."""
+    import_module(".notebook", __name__).unload_ipython_extension(ipython)

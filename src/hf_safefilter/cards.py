@@ -29,12 +29,13 @@ def scored_card(
     by: str,
     repo_id: str,
     account: Mapping[str, Any] | None,
-    license: str | None,
+    license: str | list[str] | None,
+    source: str | None,
     old: str | None,
     *,
     picture: bool,
 ) -> str:
-    """The card of a scored dataset; `old` is the one that is there."""
+    """The card of a scored dataset; `source` is a dataset on the Hub, `old` the card that is there."""
     lines = []
     for name in score_columns(ds):
         values = score_values(ds, [name])
@@ -44,14 +45,31 @@ def scored_card(
     status = ds["risk_status"][:] if "risk_status" in ds.column_names else []
     missing = np.isnan(score_values(ds, [by]))
     reasons = Counter(why for why, no in zip(status, missing, strict=False) if no) if len(status) else Counter()
-    license = license or (ds.info.license or None)
     shown = {
         "rows": len(ds), "by": by, "repo_id": repo_id, "columns": lines, "reasons": reasons.most_common(10),
-        "model": model_text(account), "anchors": (account or {}).get("anchors") or {}, "source": (account or {}).get("data"),
-        "license": license, "picture": PICTURE_FILE if picture else None, "unscored": bool(missing.any()),
+        "model": model_text(account), "anchors": (account or {}).get("anchors") or {},
+        "source": source or (account or {}).get("data"), "license": license,
+        "picture": PICTURE_FILE if picture else None, "unscored": bool(missing.any()),
     }  # fmt: skip
     configs = [{"config_name": "default", "data_files": [{"split": "train", "path": DATA_FILE}]}]
-    return card("scored_card.md.jinja", shown, repo_id, {"configs": configs} | ({"license": license} if license else {}), old)
+    metadata: dict[str, Any] = {"configs": configs}
+    metadata |= {"license": license} if license else {}
+    metadata |= {"source_datasets": [source]} if source else {}
+    return card("scored_card.md.jinja", shown, repo_id, metadata, old)
+
+
+def license_of(text: str | None) -> str | list[str] | None:
+    """The license that a card's metadata names."""
+    from huggingface_hub import DatasetCard
+
+    if not text:
+        return None
+    try:
+        found = DatasetCard(text, ignore_metadata_errors=True).data.to_dict().get("license")
+    except ValueError:  # its head is no YAML mapping
+        return None
+    names = found if isinstance(found, list) else [found]
+    return found if found and all(isinstance(name, str) for name in names) else None
 
 
 def card(template: str, values: Mapping[str, Any], repo_id: str, metadata: Mapping[str, Any], old: str | None) -> str:

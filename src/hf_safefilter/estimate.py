@@ -8,15 +8,19 @@ that a line through two depths tells the whole model's.
 from __future__ import annotations
 
 import logging
+import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 import torch
 
 from .chat import ChatEncoder
+from .display import facts_html
 from .engine.loading import DTYPES, context_length_of, default_device, load_config, load_tokenizer
 from .errors import EvaluationError, InputError, first_line
 from .scorer import ATTRIBUTION, SafetyRiskScorer
@@ -33,7 +37,7 @@ logger = logging.getLogger(__name__)
 SAMPLE = 1000
 # Depths to try, deepest first; shallower ones are for models of which six blocks do not fit.
 _DEPTHS = ((2, 6), (1, 3), (1, 2))
-_BATCH = 64  # rows that `hf-safefilter score` passes at a time
+_SHORT = "; THIS IS NOT ENOUGH"
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,39 @@ class Estimate:
     def as_dict(self) -> dict[str, Any]:
         """As plain data."""
         return asdict(self)
+
+    def facts(self) -> dict[str, str]:
+        """In words, with what is free on this machine beside it."""
+        low, high = self.tokens_interval
+        read = "all read" if self.sampled == self.rows else f"{self.sampled:,} read"
+        facts: dict[str, str] = {"rows": f"{self.rows:,} ({read}; {self.unscorable:.1%} of these cannot be scored)"}
+        if self.reasons:
+            facts["no score"] = "; ".join(f"{count:,}: {reason}" for reason, count in list(self.reasons.items())[:3])
+        width = f"{low:,} to {high:,}, of which in responses" if low != high else "in responses"
+        facts["tokens"] = f"{self.tokens:,} ({width} {self.response_tokens:,})"
+        facts["model"] = f"{self.parameters:,} parameters in {self.layers} blocks, {_bytes(self.weights)} in {self.dtype}"
+        facts["download"] = "not known" if self.download is None else _bytes(self.download)
+        if self.fit_seconds is not None and self.score_seconds is not None:
+            threads = f" with {self.threads} thread{'s' * (self.threads > 1)}" if self.device == "cpu" else ""
+            parts = f"anchors {_duration(self.fit_seconds)}, rows {_duration(self.score_seconds)}"
+            facts["time"] = f"{_duration(self.fit_seconds + self.score_seconds)}: {parts}, on {self.device}{threads}"
+        if self.device_memory is not None:
+            facts["GPU memory"] = f"{_bytes(self.device_memory)} at the peak"
+        if self.memory is not None:
+            free = psutil.virtual_memory().available
+            facts["memory"] = f"{_bytes(self.memory)} at the peak ({_bytes(free)} free{_SHORT * (free < self.memory)})"
+        free = shutil.disk_usage(Path()).free
+        short = _SHORT * (free < self.disk + (self.download or 0))
+        facts["disk"] = f"{_bytes(self.disk)} at most, output and cache together ({_bytes(free)} free here{short})"
+        facts |= {"measured": f"{self.measured}; loading the model comes on top"} if self.measured else {}
+        facts |= {"remarks": "; ".join(self.remarks)} if self.remarks else {}
+        return facts
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:10}  {text}" for name, text in self.facts().items())
+
+    def _repr_html_(self) -> str:
+        return facts_html("Estimate", self.facts())
 
 
 def estimate_scoring(
@@ -216,8 +253,6 @@ def _line(depths: Sequence[int], values: Sequence[float], layers: int) -> float:
 
 def _free(device: str) -> int:
     """Bytes of memory that are free on the device."""
-    import psutil
-
     if device.startswith("cuda"):
         try:
             return torch.cuda.mem_get_info(device)[0]
@@ -259,3 +294,16 @@ def _missing(source: Source, file: str | None) -> int:
     if None in sizes:
         raise InputError("it tells no sizes")
     return sum(size or 0 for size in sizes)
+
+
+def _bytes(count: int) -> str:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} bytes"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

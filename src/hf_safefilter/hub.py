@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,12 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from .accounts import RUN_FILE, read_account, without_folders
-from .cards import BEGIN, DATA_FILE, PICTURE_FILE, histogram, scored_card
+from .cards import BEGIN, DATA_FILE, PICTURE_FILE, histogram, license_of, scored_card
 from .errors import EvaluationError, InputError, first_line
 from .select import default_score, score_columns, score_values
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 CARD_FILE = "README.md"
 RepoType = Literal["dataset", "model"]
@@ -31,6 +34,7 @@ def push_scored_to_hub(
     token: str | None = None,
     run: Mapping[str, Any] | str | Path | None = None,
     license: str | None = None,
+    source: str | None = None,
     by: str | None = None,
 ) -> str:
     """Publish a scored dataset with its card; returns the page's address.
@@ -41,7 +45,9 @@ def push_scored_to_hub(
         private: whether only its owners may see it. A repository that is public is not written to unless this is `False`.
         token: by default that of `hf auth login` or the environment variable `HF_TOKEN`. Never logged.
         run: the account that `hf-safefilter score` wrote (`run.json`), or its path.
-        license: of the rows, as the Hub names licenses; by default what the dataset says, or else left out.
+        license: of the rows, as the Hub names licenses; by default what the dataset says, or the card that is there already, or
+            the source's card; left out where none of them tells.
+        source: Hub id of the dataset that the rows come from; by default what `run` says, where that was on the Hub.
         by: the score that the card's snippet filters by.
 
     Raises:
@@ -59,7 +65,11 @@ def push_scored_to_hub(
     if not len(ds) or np.isnan(values).all():
         raise InputError("no row has a score" if len(ds) else "the dataset has no rows")
     check_repo_id(repo_id)
+    if source is not None:
+        check_repo_id(source)
     account = without_folders(read_account(run))
+    if source is None and account and account.get("data_on_hub"):
+        source = str(account.get("data"))
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "rows.parquet"
         ds.to_parquet(str(data))
@@ -69,9 +79,24 @@ def push_scored_to_hub(
         files |= {PICTURE_FILE: picture} if picture else {}
 
         def make_card(repo_id: str, old: str | None) -> str:
-            return scored_card(ds, by, repo_id, account, license, old, picture=picture is not None)
+            terms = license or ds.info.license or license_of(old) or _license_at(source, token)
+            return scored_card(ds, by, repo_id, account, terms, source, old, picture=picture is not None)
 
         return push_files(files, make_card, repo_id, "dataset", private=private, token=token)
+
+
+def _license_at(source: str | None, token: str | None) -> str | list[str] | None:
+    """The license that the source's card names; `None`, with a warning, where it cannot be read."""
+    from huggingface_hub import hf_hub_download
+
+    if source is None:
+        return None
+    try:
+        card = Path(hf_hub_download(source, CARD_FILE, repo_type="dataset", token=token)).read_text("utf-8")
+    except Exception as error:  # no card, no access, no connection: the card says that the license is not known
+        logger.warning("the license of %s is not known: %s", source, first_line(error))
+        return None
+    return license_of(card)
 
 
 def push_files(

@@ -13,7 +13,6 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from functools import reduce
-from html import escape
 from operator import or_
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import torch
 from .accounts import model_text
 from .anchors import AnchorSet
 from .chat import ChatEncoder, Example, Target, check_options
+from .display import facts_html
 from .engine.identity import Source, module_source, module_stamp, resolve, tokenizer_source
 from .engine.layers import check_parameters, trainable
 from .engine.loading import ModelSpec, check_lm_head, named_spec, register, resolve_dtype
@@ -426,8 +426,7 @@ class SafetyRiskScorer:
             "scores": ", ".join(score.name for score in self.scores), "anchors": repr(self.anchors),
             **{name: getattr(self, name) for name in OPTIONS if getattr(self, name) not in (None, False)},
         }  # fmt: skip
-        rows = "".join(f"<tr><th>{escape(str(n))}</th><td>{escape(str(v))}</td></tr>" for n, v in settings.items())
-        return f"<table><caption>SafetyRiskScorer</caption>{rows}</table>"
+        return facts_html("SafetyRiskScorer", settings)
 
     def __repr__(self) -> str:
         names = ", ".join(score.name for score in self.scores)

@@ -65,6 +65,11 @@ def read_rows(data: str, split: str | None = None, *, csv_as_text: bool = False)
     return loaded
 
 
+def is_on_hub(data: str) -> bool:
+    """Whether `read_rows` would look for these rows on the Hub: nothing here has that name."""
+    return not Path(data).exists()
+
+
 def account_beside(data: str) -> Path | None:
     """The account of the scoring run that left these rows, where they are `score`'s output."""
     path = Path(data)

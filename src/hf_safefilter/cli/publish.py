@@ -22,6 +22,7 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     p.add_argument("repo_id", help="user/name on the Hub")
     p.add_argument("--public", action="store_true", help="for everyone to see")
     p.add_argument("--license", help="of the rows, as the Hub names licenses, such as cc-by-4.0")
+    p.add_argument("--source", help="Hub id of the dataset that the rows come from, whose license they then have")
     p.add_argument("--by", metavar="COLUMN", help="score column that the card filters by")
     p.add_argument("--split", help="split of the dataset (default: train)")
     p.set_defaults(run=run)
@@ -38,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
         private=not args.public,
         run=account_beside(args.data),
         license=args.license,
+        source=args.source,
         by=args.by,
     )
     print(json.dumps({"url": address, "private": not args.public}) if args.json else f"published {address}")

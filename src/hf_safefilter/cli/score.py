@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..accounts import RUN_FILE
 from ..errors import EvaluationError, InputError
-from .files import SCORED, read_rows, write_rows
+from .files import SCORED, is_on_hub, read_rows, write_rows
 from .show import row_text, table
 
 if TYPE_CHECKING:
@@ -177,6 +177,7 @@ def score_and_save(rows: Dataset, scorer: SafetyRiskScorer, out: Path, *, data: 
     account = {
         "command": "score",
         "data": data,
+        "data_on_hub": is_on_hub(data),
         "rows": len(rows),
         "scored": len(rows) - len(unscored),
         "unscored": dict(Counter(unscored).most_common()),

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
+from ..display import facts_html
 from ..errors import EvaluationError, InputError
 from .coherence import is_incoherent
 from .judges import Judge, JudgeFunction, Verdict, resolve_judge, strip_reasoning
@@ -90,6 +91,16 @@ class RefusalRate:
         if self.unscored:
             text += f", {self.unscored} unscored ({self._why()})"
         return text if self.evaluated else f"not evaluated: {text}"
+
+    def _repr_html_(self) -> str:
+        low, high = self.interval
+        lines: dict[str, object] = {"refused": "not known" if self.rate is None else f"{self.rate:.1%}"}
+        if self.rate is not None:
+            lines |= {"95% interval": f"{low:.1%} to {high:.1%}", "n": self.n}
+        lines |= {"judge": self.judge, "incoherent": self.incoherent, "unscored": self.unscored} | self.reasons
+        if not self.evaluated:
+            lines |= {"not evaluated": "half or more of the answers could not be judged"}
+        return facts_html("RefusalRate", lines)
 
     def _why(self) -> str:
         return "; ".join(f"{count} x {reason}" for reason, count in self.reasons.items())

@@ -109,7 +109,7 @@ def gather(
         raise InputError("the dataset has no rows")
     names = score_columns(ds)
     by = by or default_score(names)
-    scores = {name: score_values(ds, [name]).astype(np.float32) for name in [by, *(n for n in _ordered(names) if n != by)]}
+    scores = {name: score_values(ds, [name]).astype(np.float32) for name in [by, *(n for n in ordered(names) if n != by)]}
     risk = scores[by]
     missing = np.isnan(risk)
     status = ds["risk_status"][:] if "risk_status" in ds.column_names else [None] * len(ds)
@@ -121,8 +121,8 @@ def gather(
     kept = list(scores)[:room]
     account = without_folders(read_account(run))
     layout = find_layout([c for c in ds.column_names if not c.startswith("risk_")], columns)
-    texts = _texts(ds, layout)
-    prompts, responses, full = _cut([texts[i] for i in order.tolist()])
+    both = texts(ds, layout)
+    prompts, responses, full = _cut([both[i] for i in order.tolist()])
     return Content(
         title=title or "Scored rows",
         rows=len(ds),
@@ -138,7 +138,7 @@ def gather(
         full=full,
         heat=_heat(ds, order[:full].tolist()),
         unscored=dict(Counter(str(why) for why, no in zip(status, missing, strict=True) if no).most_common(20)),
-        common=_common(ds, [response for _, response in texts], riskiest_first[: int((~missing).sum())].tolist()),
+        common=_common(ds, [response for _, response in both], riskiest_first[: int((~missing).sum())].tolist()),
         run=account,
         model=model_text(account),
         history=None if monitor is None else _history(Path(monitor)),
@@ -146,7 +146,7 @@ def gather(
     )
 
 
-def _ordered(names: Sequence[str]) -> list[str]:
+def ordered(names: Sequence[str]) -> list[str]:
     """The scores that people ask for first, then the others, baselines last."""
     first = [n for n in DEFAULT_ORDER if n in names]
     return first + sorted((n for n in names if n not in first), key=lambda n: (n.startswith("risk_baseline"), n))
@@ -163,7 +163,7 @@ def _correlations(scores: Sequence[np.ndarray]) -> list[list[float | None]]:
     return [[one(a, b) for b in scores] for a in scores]
 
 
-def _texts(ds: Dataset, layout: Layout) -> list[tuple[str, str]]:
+def texts(ds: Dataset, layout: Layout) -> list[tuple[str, str]]:
     """Each row's prompt and response; of a row that cannot be read, its cells as they are."""
     found = []
     for row in ds.select_columns(list(layout.columns.values())):
@@ -181,23 +181,24 @@ def _texts(ds: Dataset, layout: Layout) -> list[tuple[str, str]]:
     return found
 
 
-def _cut(texts: Sequence[tuple[str, str]]) -> tuple[list[str], list[str], int]:
+def _cut(rows: Sequence[tuple[str, str]]) -> tuple[list[str], list[str], int]:
     """Prompts and responses within the page's budget, and how many from the first on are as long as a page ever shows."""
-    excerpt = min(MAX_EXCERPT, TEXT_BYTES // (4 * len(texts)))
-    left = TEXT_BYTES - len(texts) * (2 * excerpt + 6)
+    excerpt = min(MAX_EXCERPT, TEXT_BYTES // (4 * len(rows)))
+    left = TEXT_BYTES - len(rows) * (2 * excerpt + 6)
     prompts, responses, full = [], [], 0
-    for prompt, response in texts:
-        long = _shorten(prompt, MAX_PROMPT), _shorten(response, MAX_RESPONSE)
+    for prompt, response in rows:
+        long = shorten(prompt, MAX_PROMPT), shorten(response, MAX_RESPONSE)
         left -= _weight(long[0]) + _weight(long[1])
         if left >= 0:
             full += 1
-        pair = long if left >= 0 else (_shorten(prompt, excerpt), _shorten(response, excerpt))
+        pair = long if left >= 0 else (shorten(prompt, excerpt), shorten(response, excerpt))
         prompts.append(pair[0])
         responses.append(pair[1])
     return prompts, responses, full
 
 
-def _shorten(text: str, length: int) -> str:
+def shorten(text: str, length: int) -> str:
+    """At most so many characters, the last an ellipsis where some are missing."""
     return text if len(text) <= length else text[: max(length - 1, 0)] + "…"
 
 
