@@ -28,8 +28,8 @@ ROWS[20]["completion"] = ""
 
 @pytest.fixture
 def deep_folder(tmp_path, tokenizer):
-    """A model of eight blocks; returns its folder and the loaded model."""
-    model = tiny_model("llama_tied", num_hidden_layers=8)
+    """A model of fourteen blocks; returns its folder and the loaded model."""
+    model = tiny_model("llama_tied", num_hidden_layers=14)
     model.save_pretrained(tmp_path / "deep")
     tokenizer.save_pretrained(tmp_path / "deep")
     return tmp_path / "deep", model
@@ -42,7 +42,7 @@ def test_counts_are_those_of_scoring_and_no_weights_are_read(deep_folder, anchor
     (folder / "model.safetensors").unlink()
     scorer = SafetyRiskScorer(str(folder), anchors, "representation", max_length=60, dtype="float32")
     found = estimate_scoring(ds, scorer, trial=False)
-    assert (found.rows, found.sampled, found.layers) == (40, 40, 8)
+    assert (found.rows, found.sampled, found.layers) == (40, 40, 14)
     assert found.parameters == sum(p.numel() for p in model.parameters())
     assert found.weights == 4 * found.parameters
     assert found.tokens == sum(n or 0 for n in scored["total_tokens"])
@@ -76,8 +76,8 @@ def test_a_trial_runs_without_weights(deep_folder, anchors):
     said: list[str] = []
     found = estimate_scoring(Dataset.from_list(ROWS), scorer, say=said.append)
     assert found.remarks == ()
-    assert "32 rows on 2 and 6 of 8 blocks" in found.measured
-    assert said[1:] == ["timing 2 of 8 blocks with random weights", "timing 6 of 8 blocks with random weights"]
+    assert "32 rows on 4 and 12 of 14 blocks" in found.measured
+    assert said[1:] == ["timing 4 of 14 blocks with random weights", "timing 12 of 14 blocks with random weights"]
     assert 0 < found.score_seconds < 60
     assert 0 < found.fit_seconds < 60
     assert 10**8 < found.memory < 10**10
@@ -162,7 +162,7 @@ def test_the_command(deep_folder, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "40 (all read; 5.0% of these cannot be scored)" in out
     assert "no score    2: no target" in out
-    assert "8 blocks" in out
+    assert "14 blocks" in out
     assert main([*command, "--json", "--rows", "1000", "--limit", "10"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["rows"], found["sampled"]) == (1000, 10)
@@ -176,4 +176,4 @@ def test_the_command_with_a_trial(deep_folder, tmp_path, capsys):
     assert main(["estimate", str(data), "--model", str(deep_folder[0]), "--scores", "representation", "--quiet"]) == 0
     out = capsys.readouterr().out
     assert "at the peak" in out
-    assert "32 rows on 2 and 6 of 8 blocks" in out
+    assert "32 rows on 4 and 12 of 14 blocks" in out

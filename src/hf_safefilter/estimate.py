@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SAMPLE = 1000
-# Depths to try, deepest first; shallower ones are for models of which six blocks do not fit.
-_DEPTHS = ((2, 6), (1, 3), (1, 2))
+# Depths to try, deepest first: the deeper, the nearer; shallower ones are for models of which so many blocks do not fit.
+_DEPTHS = ((4, 12), (2, 6), (1, 3), (1, 2))
 _SHORT = "; THIS IS NOT ENOUGH"
 
 

@@ -121,6 +121,11 @@ def open_session(
     return _SESSIONS.get_or_make(key, make)
 
 
+def close_sessions() -> None:
+    """Let go of fitted anchors, which may be several times as large as the model; loaded models stay."""
+    _SESSIONS.clear()
+
+
 def fit(engine: Engine, sides: Sides, scores: Iterable[Score], progress: Progress = iter) -> Reference:
     """Fit what rows are compared with.
 

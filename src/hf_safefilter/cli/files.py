@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,29 @@ def read_rows(data: str, split: str | None = None, *, csv_as_text: bool = False)
             raise InputError(f"{data} has no split {split!r}; it has {_listed(loaded)}")
         loaded = loaded[split]
     return loaded
+
+
+def data_fingerprint(data: str, split: str | None, limit: int | None) -> str:
+    """What rows these are: a hash of the content of their files, or the commit on the Hub, and which part of them.
+
+    Raises:
+        InputError: the Hub cannot be asked.
+    """
+    from huggingface_hub import HfApi
+
+    digest = hashlib.sha256(f"{split}\0{limit}\0".encode())
+    path = Path(data)
+    if not path.exists():
+        try:
+            digest.update(str(HfApi().dataset_info(data).sha).encode())
+        except Exception as error:  # offline, no permission, ...
+            raise InputError(f"the commit of {data!r} on the Hub is not known: {first_line(error)}") from None
+        return digest.hexdigest()
+    for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+        with file.open("rb") as opened:
+            content = hashlib.file_digest(opened, "sha256").hexdigest()
+        digest.update(f"{file.relative_to(path)}\0{content}\n".encode())
+    return digest.hexdigest()
 
 
 def is_on_hub(data: str) -> bool:

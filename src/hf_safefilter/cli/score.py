@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..accounts import RUN_FILE
 from ..errors import EvaluationError, InputError
 from .files import SCORED, is_on_hub, read_rows, write_rows
+from .shards import add_shard_arguments, score_in_shards
 from .show import row_text, table
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     p.add_argument("data", help="a Hub id, a folder, or a json, jsonl, csv or parquet file")
     p.add_argument("--out", required=True, type=Path, help="folder for the results")
     add_row_arguments(p)
+    add_shard_arguments(p)
     p.set_defaults(run=run)
 
 
@@ -118,6 +120,8 @@ def build_scorer(args: argparse.Namespace, scores: Sequence[Any], **options: Any
 
 def run(args: argparse.Namespace) -> int:
     """Score and save."""
+    if args.num_shards is not None or args.shard_index is not None:
+        return score_in_shards(args)
     rows, scorer = rows_and_scorer(args)
     scored, account = score_and_save(rows, scorer, args.out, data=args.data)
     if args.json:

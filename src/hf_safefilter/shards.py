@@ -1,0 +1,428 @@
+"""Scoring in shards: many processes and machines on one folder, any of which may be killed at any moment.
+
+    plan.json                 what is scored, with what, in how many shards; every worker must agree with it
+    reference/                the fitted anchors, fitted by the first worker, read by all
+    work/00003/000512.parquet a piece: the rows from 512 on of shard 3, until the shard is complete
+    shards/00003-of-00010.parquet   a complete shard: its rows with their scores, and `row_index`
+    records/00003.json        written last: what the shard holds, and the SHA-256 of its file
+
+A shard is a contiguous range of rows, whatever the number of workers. A worker claims one by a lock that the system takes back
+when the process dies. Pieces have fixed boundaries and are scored in the same calls whoever scores them, so the files are the
+same however often the work was interrupted. Everything appears by renaming a file that was written whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+
+from .errors import EvaluationError, InputError, first_line
+from .files import replacing, write_atomically
+from .reference import DESCRIPTION, Description
+from .saving import described
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from .scorer import SafetyRiskScorer
+
+PLAN_FILE = "plan.json"
+ROW_INDEX = "row_index"
+_FORMAT = "hf_safefilter.shards/1"
+_PIECE = b"hf_safefilter.piece"
+# Rows in a call of the scorer; see `hf-safefilter score`.
+_CALL_GRADIENT, _CALL = 64, 256
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a folder's shards are of. `data` is a fingerprint of the rows' content, `scorer` all that a score depends on."""
+
+    rows: int
+    num_shards: int
+    piece_rows: int
+    data: str
+    name: str
+    scorer: dict[str, Any]
+
+    def range(self, shard: int) -> tuple[int, int]:
+        """The shard's rows, from the first to before the last."""
+        return shard * self.rows // self.num_shards, (shard + 1) * self.rows // self.num_shards
+
+    def pieces(self, shard: int) -> list[tuple[int, int]]:
+        """The shard's pieces."""
+        start, stop = self.range(shard)
+        return [(at, min(at + self.piece_rows, stop)) for at in range(start, stop, self.piece_rows)]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex): equal for plans whose shards have the same content."""
+        return hashlib.sha256(json.dumps(asdict(self) | {"name": ""}, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Held:
+    """A shard that another process has claimed: who (host and process), and the seconds since it last finished a piece."""
+
+    shard: int
+    who: str
+    idle: float
+
+
+class ShardedRun:
+    """A folder of shards; made by `open`."""
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        self.folder, self.plan = folder, plan
+
+    @classmethod
+    def open(
+        cls, folder: str | Path, ds: Dataset, scorer: SafetyRiskScorer, num_shards: int, *, data: str, name: str = "",
+        piece_rows: int = 256,
+    ) -> ShardedRun:  # fmt: skip
+        """Start a run in a folder, or join the one that is there.
+
+        Args:
+            folder: for all workers the same.
+            ds: all rows.
+            scorer: what to score with. Its weights are not read here.
+            num_shards: whatever the number of workers; a few times as many keep all of them busy to the end.
+            data: a fingerprint of the rows' content; the folder is refused with other rows.
+            name: of the data, for the account.
+            piece_rows: how many rows are lost at most when a worker is killed.
+
+        Raises:
+            InputError: the folder holds shards of other rows, another scorer or another division, and which it is.
+        """
+        folder = Path(folder)
+        for what, value in (("num_shards", num_shards), ("piece_rows", piece_rows)):
+            if value < 1:
+                raise InputError(f"{what} must be at least 1, got {value}")
+        if num_shards > len(ds):
+            raise InputError(f"{num_shards} shards for {len(ds)} rows: use at most as many as there are rows")
+        if ROW_INDEX in ds.column_names:
+            raise InputError(f"the dataset has a column {ROW_INDEX!r} already: rename it, shards add their own")
+        plan = Plan(len(ds), num_shards, piece_rows, data, name, _identity(scorer))
+        for part in ("", "work", "shards", "records", "locks"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "locks" / "plan.lock"):
+            if (folder / PLAN_FILE).exists():
+                _agree(read_plan(folder), plan, folder)
+            else:
+                content = {"format": _FORMAT, **asdict(plan), "fingerprint": plan.fingerprint}
+                write_atomically(folder / PLAN_FILE, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+        return cls(folder, plan)
+
+    def prepare(self, scorer: SafetyRiskScorer, rank: int | None = None) -> SafetyRiskScorer:
+        """The scorer with the folder's fitted anchors: fitted now if this is the first worker, waited for otherwise."""
+        if scorer.reference is not None:
+            return scorer
+        from .session import close_sessions
+
+        folder = self.folder / "reference"
+        with FileLock(self.folder / "locks" / "reference.lock"):
+            if not (folder / DESCRIPTION).is_file():
+                scorer.save_reference(folder, rank)
+                close_sessions()  # what was fitted is read back, like everywhere else
+        ready = copy.copy(scorer)
+        ready.reference = Description.read(folder)
+        return ready
+
+    def complete(self) -> list[int]:
+        """The shards that are done."""
+        return [i for i in range(self.plan.num_shards) if self._record(i).is_file()]
+
+    def work(
+        self, ds: Dataset, scorer: SafetyRiskScorer, shards: Iterable[int], *, rank: int | None = None,
+        progress: Callable[[int], object] = lambda rows: None,
+    ) -> list[Held]:  # fmt: skip
+        """Score those of these shards that are not complete and not another's.
+
+        Args:
+            ds: all rows.
+            scorer: from `prepare`.
+            shards: in this order.
+            rank: the worker's number on this machine, which picks its GPU.
+            progress: told how many more rows are there.
+
+        Returns:
+            The shards that others held.
+        """
+        held = []
+        for shard in shards:
+            with self._claimed(shard) as holder:
+                if holder is not None:
+                    held.append(holder)
+                elif not self._record(shard).is_file():
+                    self._score(ds, scorer, shard, rank, progress)
+                else:
+                    shutil.rmtree(self._work(shard), ignore_errors=True)  # its worker was killed after the record
+        return held
+
+    def _score(
+        self, ds: Dataset, scorer: SafetyRiskScorer, shard: int, rank: int | None, progress: Callable[[int], object]
+    ) -> None:
+        started = time.time()
+        folder = self._work(shard)
+        folder.mkdir(exist_ok=True)
+        scored_here = 0
+        for start, stop in self.plan.pieces(shard):
+            path = folder / f"{start:012d}.parquet"
+            if not self._is_whole(path, start, stop):
+                self._write([self._piece(ds, scorer, start, stop, rank)], path, start, stop)
+                scored_here += stop - start
+            progress(stop - start)
+        start, stop = self.plan.range(shard)
+        files = [folder / f"{at:012d}.parquet" for at, _ in self.plan.pieces(shard)]
+        target = self._file(shard)
+        unscored: Counter[str] = Counter()
+        tokens = 0
+
+        def tables() -> Iterator[pa.Table]:
+            nonlocal tokens
+            for path in files:
+                table = _read(path)
+                tokens += sum(n or 0 for n in table["total_tokens"].to_pylist())
+                first = next(n for n in table.column_names if n in scorer.result_columns)
+                pairs = zip(table[first].to_pylist(), table["risk_status"].to_pylist(), strict=True)
+                unscored.update(why for value, why in pairs if value is None)
+                yield table
+
+        digest = self._write(tables(), target, start, stop)
+        record = {
+            "shard": shard, "start": start, "stop": stop, "rows": stop - start, "tokens": tokens,
+            "unscored": dict(unscored.most_common()), "plan": self.plan.fingerprint, "data": self.plan.data, "sha256": digest,
+            "rows_scored_last": scored_here, "seconds": round(time.time() - started, 3), "worker": _who(),
+        }  # fmt: skip
+        write_atomically(self._record(shard), (json.dumps(record, indent=1) + "\n").encode("utf-8", "backslashreplace"))
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def _piece(self, ds: Dataset, scorer: SafetyRiskScorer, start: int, stop: int, rank: int | None) -> pa.Table:
+        """Rows `start` to `stop` with their scores and places."""
+        call = _CALL_GRADIENT if scorer.needs.gradient else _CALL
+        rows = ds.with_format("arrow")
+        scored = pa.concat_tables([scorer(rows[at : min(at + call, stop)], rank) for at in range(start, stop, call)])
+        return scored.append_column(ROW_INDEX, pa.array(range(start, stop), pa.int64()))
+
+    def _write(self, tables: Sequence[pa.Table] | Iterator[pa.Table], path: Path, start: int, stop: int) -> str:
+        """Write tables as one file with checksums; returns its SHA-256."""
+        with replacing(path) as temporary:
+            writer = None
+            for table in tables:
+                if writer is None:
+                    schema = _described(table).with_metadata({**_described(table).metadata, _PIECE: self._mark(start, stop)})
+                    writer = pq.ParquetWriter(temporary, schema, write_page_checksum=True)
+                writer.write_table(table.cast(schema))
+            if writer is not None:
+                writer.close()
+            with temporary.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def _is_whole(self, path: Path, start: int, stop: int) -> bool:
+        """Whether the piece is there and is these rows of this plan; a damaged one is as good as none."""
+        try:
+            table = _read(path)
+        except (OSError, pa.ArrowInvalid):
+            return False
+        return (table.schema.metadata or {}).get(_PIECE) == self._mark(start, stop) and len(table) == stop - start
+
+    def _mark(self, start: int, stop: int) -> bytes:
+        return f"{self.plan.fingerprint} {start} {stop}".encode()
+
+    @contextmanager
+    def _claimed(self, shard: int) -> Iterator[Held | None]:
+        """Claim a shard for this process; yields who has it where another does."""
+        path = self.folder / "locks" / f"{shard:05d}.lock"
+        owner = path.with_suffix(".owner")
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            yield Held(shard, _read_text(owner) or "another process", self._idle(shard, owner))
+            return
+        try:
+            owner.write_text(_who())
+            yield None
+        finally:
+            lock.release()
+
+    def _idle(self, shard: int, owner: Path) -> float:
+        """Seconds since a shard's worker last showed a sign of life."""
+        times = [p.stat().st_mtime for p in (owner, *self._work(shard).glob("*.parquet")) if p.exists()]
+        return max(0.0, time.time() - max(times, default=time.time()))
+
+    def _work(self, shard: int) -> Path:
+        return self.folder / "work" / f"{shard:05d}"
+
+    def _file(self, shard: int) -> Path:
+        return self.folder / "shards" / f"{shard:05d}-of-{self.plan.num_shards:05d}.parquet"
+
+    def _record(self, shard: int) -> Path:
+        return self.folder / "records" / f"{shard:05d}.json"
+
+
+def read_plan(folder: str | Path) -> Plan:
+    """A folder's plan.
+
+    Raises:
+        InputError: none there, damaged, or of another version.
+    """
+    path = Path(folder) / PLAN_FILE
+    try:
+        data = json.loads(path.read_text("utf-8"))
+        if data.pop("format") != _FORMAT:
+            raise InputError(f"{path} is of another version of hf_safefilter")
+        fingerprint = data.pop("fingerprint")
+        plan = Plan(**data)
+    except FileNotFoundError:
+        raise InputError(f"no shards in {str(folder)!r}: it has no {PLAN_FILE}") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is damaged ({first_line(error)})") from None
+    if plan.fingerprint != fingerprint:
+        raise InputError(f"{path} was changed by hand: its fingerprint does not fit")
+    return plan
+
+
+def merge(folder: str | Path, out: Path) -> dict[str, Any]:
+    """All shards as one parquet file, rows in the order of the input; returns the account of the whole run.
+
+    Raises:
+        InputError: `out` is no parquet file.
+        EvaluationError: shards are missing, damaged, or of another plan, and which; nothing is written then.
+    """
+    if out.suffix != ".parquet":
+        raise InputError(f"cannot write {str(out)!r}: merge writes .parquet")
+    plan = read_plan(folder)
+    run = ShardedRun(Path(folder), plan)
+    if missing := sorted(set(range(plan.num_shards)) - set(run.complete())):
+        raise EvaluationError(
+            f"{len(missing)} of {plan.num_shards} shards are missing ({_listed(missing)}): run the same score command again"
+        )
+    records = [_checked_record(run, shard) for shard in range(plan.num_shards)]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out) as temporary:
+        writer = None
+        for record in records:
+            at = record["start"]
+            for table in _groups(run._file(record["shard"])):
+                if table[ROW_INDEX].to_pylist() != list(range(at, at := at + len(table))):
+                    raise _damaged(run, record["shard"], "its rows are not those of its place")
+                if writer is None:
+                    metadata = {k: v for k, v in (table.schema.metadata or {}).items() if k != _PIECE}
+                    schema = table.schema.with_metadata(metadata)
+                    writer = pq.ParquetWriter(temporary, schema, write_page_checksum=True)
+                writer.write_table(table.cast(schema))
+            if at != record["stop"]:
+                raise _damaged(run, record["shard"], "rows are missing at its end")
+        if writer is not None:
+            writer.close()
+    unscored: Counter[str] = Counter()
+    for record in records:
+        unscored.update(record["unscored"])
+    return {
+        "data": plan.name, "rows": plan.rows, "scored": plan.rows - unscored.total(), "unscored": dict(unscored.most_common()),
+        "tokens": sum(r["tokens"] for r in records), "seconds": round(sum(r["seconds"] for r in records), 2),
+        "score_columns": [n for n in schema.names if n.startswith("risk_") and n != "risk_status"],
+        **plan.scorer, "fingerprint": plan.fingerprint, "shards": plan.num_shards,
+    }  # fmt: skip
+
+
+def _checked_record(run: ShardedRun, shard: int) -> dict[str, Any]:
+    """A shard's record, after its file was found to be the one that it tells of."""
+    path = run._file(shard)
+    try:
+        record: dict[str, Any] = json.loads(run._record(shard).read_text("utf-8"))
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        wrong = [name for name, want in zip(("start", "stop"), run.plan.range(shard), strict=True) if record[name] != want]
+        if record["plan"] != run.plan.fingerprint or wrong:
+            raise _damaged(run, shard, "it is of another run")
+        if found != record["sha256"]:
+            raise _damaged(run, shard, f"{path} is not what was written")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(run, shard, first_line(error)) from None
+    return record
+
+
+def _damaged(run: ShardedRun, shard: int, why: str) -> EvaluationError:
+    return EvaluationError(f"shard {shard} is damaged: {why}; delete {run._record(shard)} and run the same score command again")
+
+
+def _identity(scorer: SafetyRiskScorer) -> dict[str, Any]:
+    """All that scores depend on, without names and paths of this machine."""
+    from . import __version__
+    from .scorer import SCORE_VERSION
+
+    settings = described(scorer)
+    settings.pop("format")
+    settings["options"] |= {"parameters": scorer.parameters, "direction_energy": scorer.direction_energy}
+    return settings | {
+        "anchors": {"name": scorer.anchors.name, "sha256": scorer.anchors.content_hash},
+        "reference": None if scorer.reference is None else scorer.reference.fingerprint,
+        "score_version": SCORE_VERSION, "version": __version__,
+    }  # fmt: skip
+
+
+def _agree(there: Plan, ours: Plan, folder: Path) -> None:
+    """Raise `InputError` that names what differs between a folder's plan and this run."""
+    for name, what in (("data", "other rows, or rows that have changed"), ("rows", "another number of rows"),
+                       ("num_shards", "another number of shards"), ("piece_rows", "another --piece-rows")):  # fmt: skip
+        if getattr(there, name) != getattr(ours, name):
+            found = "" if name == "data" else f" ({getattr(there, name)}, not {getattr(ours, name)})"
+            raise InputError(f"{str(folder)!r} holds shards of {what}{found}: use another folder")
+    if there.fingerprint != ours.fingerprint:
+        differ = sorted(k for k in {*there.scorer, *ours.scorer} if there.scorer.get(k) != ours.scorer.get(k))
+        raise InputError(
+            f"{str(folder)!r} holds shards scored with another scorer (other {', '.join(differ)}): use another folder"
+        )
+
+
+def _described(table: pa.Table) -> pa.Schema:
+    """The table's schema, which `datasets` reads back with the types that it has here."""
+    from datasets import Features
+
+    schema: pa.Schema = Features.from_arrow_schema(table.schema).arrow_schema
+    return pa.schema(table.schema, metadata=schema.metadata)
+
+
+def _read(path: Path) -> pa.Table:
+    return pq.read_table(path, page_checksum_verification=True, memory_map=False, partitioning=None)
+
+
+def _groups(path: Path) -> Iterator[pa.Table]:
+    """A file's row groups one by one: a shard may be larger than memory."""
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        for i in range(file.num_row_groups):
+            yield file.read_row_group(i)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")[:200]
+    except (OSError, ValueError):
+        return ""
+
+
+def _who() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "")
