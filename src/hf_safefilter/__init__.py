@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .callbacks.refusal_rate import RefusalRateCallback
     from .estimate import estimate_scoring
     from .hub import push_scored_to_hub
+    from .ray_data import score_with_ray
     from .refusal.metric import refusal_rate
     from .report.page import scored_report
     from .scorer import SafetyRiskScorer
@@ -29,6 +30,7 @@ __all__ = [
     "filter_risky",
     "push_scored_to_hub",
     "refusal_rate",
+    "score_with_ray",
     "scored_report",
     "select_risky",
 ]
@@ -41,6 +43,7 @@ _MODULE_OF = {
     "filter_risky": "select",
     "push_scored_to_hub": "hub",
     "refusal_rate": "refusal.metric",
+    "score_with_ray": "ray_data",
     "scored_report": "report.page",
     "select_risky": "select",
 }
