@@ -51,6 +51,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model, tokenizer, anc
 
     monkeypatch.setattr(AnchorSet, "load", small)
     rows = [{"prompt": f"Say {i}.", "completion": f"{i}, as you wish."} for i in range(120)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:20]))
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in HARMFUL))
     scored = Dataset.from_list([r | {"risk_gradient_balanced": i / 7} for i, r in enumerate(rows)])
     monkeypatch.setattr(datasets, "load_dataset", lambda name, **_: scored if "scored" in name else Dataset.from_list(rows))
@@ -73,7 +74,12 @@ def test_python_runs(page: Path, text: str, world: dict) -> None:
         small = "learning_rate=5e-3, epochs=2, batch_size=4, micro_batch_size=4, seeds=(0,)"
         text = text.replace("k=100", "k=8").replace("learning_rate=2e-5", small)
         text = text.replace('"prompts.jsonl"', '"prompts.jsonl", benign_prompts=None, held_out=4, judge="keyword_prefix"')
+    if "import ray" in text:
+        text = text.replace(', reference="ref"', "")
     exec(compile(text, f"{page.name}", "exec"), world)
+    if "ray" in world:
+        assert "risk_gradient" in world["ray"].data.read_parquet("scored").schema().names
+        world["ray"].shutdown()
 
 
 @pytest.mark.parametrize(("page", "text"), blocks("console"))
