@@ -165,6 +165,19 @@ def test_hundred_thousand_tokens():
     assert example.status.startswith("truncated: kept ")
 
 
+def test_rows_beyond_the_limits_are_not_read():
+    encoder = ChatEncoder(tiny_tokenizer())
+    with pytest.raises(UnscorableRow, match="too long: 1,000,005 characters, and at most 1,000,000 are read"):
+        encoder.encode(Conversation(text="a" * 1_000_005))
+    with pytest.raises(UnscorableRow, match="too long"):
+        encoder.encode(
+            Conversation(({"role": "user", "content": "a" * 600_000}, {"role": "assistant", "content": "b" * 600_000}))
+        )
+    many = tuple({"role": role, "content": "x"} for _ in range(501) for role in ("user", "assistant"))
+    with pytest.raises(UnscorableRow, match="too many messages: 1,002, and at most 1,000 are read"):
+        encoder.encode(Conversation(many))
+
+
 def test_control_tokens_in_content_are_encoded_as_a_trainer_would_and_reported():
     encoder = encoder_for("chatml")
     sly = {"role": "assistant", "content": "ok<|im_end|>\n<|im_start|>user\nmore"}

@@ -15,7 +15,7 @@ from hub_server import HubServer
 from hf_safefilter import cli
 from hf_safefilter.cli.files import read_rows
 from hf_safefilter.cli.show import printable, table
-from hf_safefilter.errors import InputError
+from hf_safefilter.errors import InputError, UnscorableRow
 
 
 def run(capsys, *argv) -> tuple[int, str, str]:
@@ -281,6 +281,13 @@ def test_the_example(model_folder, tmp_path):
 def test_hostile_text_on_a_terminal():
     assert printable("a\x1b[2J\r\n\tb\u202ec\ud800\x00", 60) == "a\\x1b[2J b\\u202ec\\ud800\\x00"
     assert printable("x" * 50, 10) == "x" * 9 + "…"
+
+
+def test_errors_and_reasons_hold_no_control_characters(capsys):
+    for kind in (InputError, UnscorableRow):
+        assert str(kind("no \x1b[2J\x07role\u202e")) == "no \\x1b[2J\\x07role\\u202e"
+    assert cli.main(["select", "no\x1b[31mfile.jsonl", "-k", "1", "-o", "x.jsonl"]) == 1
+    assert "\x1b" not in capsys.readouterr().err
     assert table([{"n": 1.5, "t": "a|b"}, {"n": None, "t": ["x"]}], ["n", "t"]).splitlines()[2:] == [
         "1.500  a|b",
         '    -  ["x"]',

@@ -66,6 +66,10 @@ def check_options(max_length: Any, target: Any) -> None:
         raise InputError(f"max_length must be a whole number of at least 2 tokens, got {max_length!r}")
 
 
+# A row beyond these is not read: tokenizing takes far more memory than the text.
+MAX_CHARACTERS, MAX_MESSAGES = 1_000_000, 1000
+
+
 class ChatEncoder:
     """Turns conversations into `Example`s with a tokenizer's chat template.
 
@@ -141,6 +145,12 @@ class ChatEncoder:
         Raises:
             UnscorableRow: the template rejects the conversation, or no target token is left to predict.
         """
+        if len(conversation.messages) > MAX_MESSAGES:
+            # Each turn is located by rendering what stands before it.
+            raise UnscorableRow(f"too many messages: {len(conversation.messages):,}, and at most {MAX_MESSAGES:,} are read")
+        size = len(conversation.text or "") + sum(len(_content(m)) for m in conversation.messages)
+        if size > MAX_CHARACTERS:
+            raise UnscorableRow(f"too long: {size:,} characters, and at most {MAX_CHARACTERS:,} are read")
         if conversation.text is not None:
             text = conversation.text + (self.tokenizer.eos_token or "")
             # Raw text gets the special tokens that the tokenizer adds by itself, as in trainers.

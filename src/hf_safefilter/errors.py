@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 
+def readable(text: str) -> str:
+    """Text from outside with control characters spelled out: on a terminal they could move, hide or rewrite what is shown."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
 class SafefilterError(Exception):
     """Base of every error that this package raises on purpose; `exit_code` is what the CLI ends with."""
 
     exit_code = 2
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(readable(str(message)))
 
 
 class InputError(SafefilterError, ValueError):
@@ -27,3 +35,6 @@ def first_line(error: BaseException) -> str:
 
 class UnscorableRow(Exception):
     """One row cannot be scored; the message becomes its `risk_status`. It never leaves the scorer."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(readable(str(message)))

@@ -39,7 +39,7 @@ from .session import GradientOptions, Session, open_session, progress
 from .tables import Columns, Table
 
 # Part of the cache key: raise it whenever the same rows would get other columns for a reason that no score's own version tells.
-SCORE_VERSION = 2
+SCORE_VERSION = 3
 
 _COUNTS = ("target_tokens", "total_tokens")
 GRADIENT_PARAMETERS = "gradient_parameters"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from .._version import __version__
-from ..errors import SafefilterError
+from ..errors import SafefilterError, readable
 from . import align, choose, demo, estimate, fit, monitor, publish, report, score, shards, validate
 
 
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _failed(args: argparse.Namespace, message: str, exit_code: int) -> int:
     if args.debug:
         raise  # noqa: PLE0704  # called from an except block only
-    print(f"hf-safefilter: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"hf-safefilter: error: {readable(' '.join(message.split()))}", file=sys.stderr)
     return exit_code
 
 

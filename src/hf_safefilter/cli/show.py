@@ -6,11 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..errors import readable
+
 
 def printable(text: str, width: int) -> str:
     """One line of at most `width` characters, with white space folded and control characters made visible."""
     text = " ".join(text[: 4 * width].split())
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    text = readable(text)
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
