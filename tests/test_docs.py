@@ -59,11 +59,14 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model, tokenizer, anc
     monkeypatch.setattr(SafetyRiskScorer, "push_to_hub", lambda self, name: self.save_pretrained(name))
     monkeypatch.setattr(AnchorSet, "push_to_hub", lambda self, name: self.save(name))
     monkeypatch.setattr(SafetyRiskScorer, "from_pretrained", lambda name: scorer)
+    in_memory = scored_rows()
+    for name in ("risk_gradient_balanced", "risk_representation_balanced"):
+        in_memory = in_memory.add_column(name, in_memory["risk_test"][:])
     refusing = copy.deepcopy(refuses)
     made = trainer(refusing, tmp_path / "training")
     return {
         "trainer": made, "SFTTrainer": lambda model, *args, **options: made, "model": refusing, "tokenizer": pad_tokenizer(),
-        "args": None, "ds": Dataset.from_list(rows), "scorer": scorer, "anchors": anchors, "scored": scored_rows(),
+        "args": None, "ds": Dataset.from_list(rows), "scorer": scorer, "anchors": anchors, "scored": in_memory,
         "folder": tmp_path / "study", "SafetyRiskScorer": SafetyRiskScorer,
     }  # fmt: skip
 
