@@ -136,7 +136,7 @@ def test_rows_that_cannot_be_scored(score, tmp_path):
     ("content", "reason"),
     [
         ("", "is empty"),
-        ("not json\n", "cannot be read"),
+        ("not json\n", "line 1 is no JSON object"),
         ('{"prompt": "caf\udce9", "completion": "A"}\n', "the column 'prompt' holds bytes that are not UTF-8"),
         ('{"a": 1}\n', "cannot tell prompt from response among the columns 'a'"),
     ],

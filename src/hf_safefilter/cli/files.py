@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..accounts import RUN_FILE
 from ..errors import InputError, first_line
 from ..files import replacing
+from .json_files import check_json, check_json_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,22 +41,28 @@ def read_rows(data: str, split: str | None = None, *, csv_as_text: bool = False)
                 raise InputError(f"{data}: cannot read {path.suffix or 'a file without a suffix'}; use {_listed(_READERS)}")
             if path.stat().st_size == 0:
                 raise InputError(f"{data} is empty")
+            if _READERS[path.suffix] == "from_json":
+                check_json(path)
             options = _as_text(path) if csv_as_text and path.suffix == ".csv" else {}
             loaded: Any = getattr(Dataset, _READERS[path.suffix])(str(path), **options)
         elif path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
             loaded = load_from_disk(str(path))
         else:
+            if path.is_dir():
+                check_json_folder(path)
             loaded = load_dataset(data)
+    except (RecursionError, StopIteration):  # what the readers raise for deep nesting, and for null bytes
+        raise InputError(f"{data} cannot be read: it is nested too deeply, or no text") from None
     except DatasetGenerationError as error:
         raise InputError(f"{data} cannot be read: {first_line(error.__cause__ or error)}") from None
     except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
         raise InputError(f"no data at {data!r}: not a file or folder here, and not on the Hub ({first_line(error)})") from None
-    except (ValueError, UnicodeError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
+    except (InputError, OSError):
+        raise
+    except Exception as error:  # what readers raise for a file that is not what it says it is has no bound
         if "corresponds to no data" in str(error):  # what `datasets` says of a table without rows
             raise InputError(f"{data} has no rows") from None
-        raise InputError(f"{data} cannot be read: {first_line(error)}") from None
+        raise InputError(f"{data} cannot be read: {type(error).__name__}: {first_line(error)}") from None
     if isinstance(loaded, DatasetDict):
         if split is None and len(loaded) > 1 and "train" not in loaded:
             raise InputError(f"{data} has several splits: choose one with --split, of {_listed(loaded)}")
