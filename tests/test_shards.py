@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -67,6 +68,8 @@ def wait_for(path: Path, pattern: str, count: int = 1, seconds: float = 60) -> N
 def test_shards_give_what_a_map_gives(world, tmp_path, anchors, capsys):
     assert main([*world, "--out", str(tmp_path / "run")]) == 0
     assert "next  hf-safefilter merge" in capsys.readouterr().out
+    assert main(["report", str(tmp_path / "run"), "-o", str(tmp_path / "r.html")]) == 1
+    assert "holds shards of score --num-shards: join them first, hf-safefilter merge" in capsys.readouterr().err
     assert main(["merge", str(tmp_path / "run"), "-o", str(tmp_path / "scored")]) == 0
     assert f"{ROWS - 2} of {ROWS} rows scored" in capsys.readouterr().out
     merged = Dataset.from_parquet(str(tmp_path / "scored/scored.parquet"))
@@ -152,6 +155,14 @@ def test_torchrun_spreads_shards_over_ranks(world, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert finish(world, tmp_path / "run") == whole
+
+
+def test_rows_of_which_none_can_be_scored(world, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"prompt": f"{i}", "completion": ""}) for i in range(6)))
+    assert main([*world, "--out", str(tmp_path / "run")]) == 0
+    assert main(["merge", str(tmp_path / "run"), "-o", str(tmp_path / "scored")]) == 2
+    assert "none of the 6 rows has a score" in capsys.readouterr().err
+    assert json.loads((tmp_path / "scored/run.json").read_text())["unscored"] == {"no target: the response is empty": 6}
 
 
 def test_whose_shards():
@@ -250,6 +261,23 @@ def test_a_worker_that_hangs_is_named_and_holds_up_only_its_shard(world, tmp_pat
         hanging.kill()
         hanging.communicate()
     assert finish(world, out) == finish(world, tmp_path / "whole")
+
+
+def test_files_that_cannot_be_written_whole(world, tmp_path):
+    """The system refuses to let files grow, as on a full disk: one line, nothing half-written, and nothing lost."""
+    whole, out = finish(world, tmp_path / "whole"), tmp_path / "run"
+    assert main([*world, "--out", str(out), "--shard-index", "0"]) == 0  # the anchors are fitted, and the rows cached
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_safefilter.cli", *world, "--out", str(out)], env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000)), capture_output=True, text=True,
+        timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("hf-safefilter: error:")]
+    assert "Traceback" not in done.stderr
+    assert len(list((out / "records").iterdir())) == 1
+    assert [p for p in (out / "work").rglob("*") if p.is_file()] == []
+    assert finish(world, out) == whole
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 import os
 import shutil
 import socket
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from .scorer import SafetyRiskScorer
+
+logger = logging.getLogger(__name__)
 
 PLAN_FILE = "plan.json"
 ROW_INDEX = "row_index"
@@ -135,10 +138,20 @@ class ShardedRun:
         from .session import close_sessions
 
         folder = self.folder / "reference"
-        with FileLock(self.folder / "locks" / "reference.lock"):
+        lock = FileLock(self.folder / "locks" / "reference.lock")
+        owner = self.folder / "locks" / "reference.owner"
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            logger.warning("waiting for %s, which fits the anchors", _read_text(owner) or "another process")
+            lock.acquire()
+        try:
             if not (folder / DESCRIPTION).is_file():
+                owner.write_text(_who())
                 scorer.save_reference(folder, rank)
                 close_sessions()  # what was fitted is read back, like everywhere else
+        finally:
+            lock.release()
         ready = copy.copy(scorer)
         ready.reference = Description.read(folder)
         return ready

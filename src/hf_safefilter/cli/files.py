@@ -35,6 +35,8 @@ def read_rows(data: str, split: str | None = None, *, csv_as_text: bool = False)
     path = Path(data)
     if path.is_dir() and (path / SCORED).is_file():
         path = path / SCORED
+    if (path / "plan.json").is_file() and (path / "records").is_dir():
+        raise InputError(f"{data} holds shards of score --num-shards: join them first, hf-safefilter merge {data} -o scored")
     try:
         if path.is_file():
             if path.suffix not in _READERS:

@@ -62,7 +62,9 @@ def score_in_shards(args: argparse.Namespace) -> int:
     if not set(shards) <= done:
         rank = int(os.environ["LOCAL_RANK"]) if os.environ.get("LOCAL_RANK", "").isdecimal() else None
         ready = shared.prepare(scorer, rank)
-        with tqdm(desc="Scoring shards", unit="row", disable=True if args.quiet else None) as bar:
+        # At most so many: others may take some of them.
+        left = sum(stop - start for start, stop in (shared.plan.range(i) for i in shards if i not in done))
+        with tqdm(desc="Scoring shards", unit="row", total=left, disable=True if args.quiet else None) as bar:
             held = shared.work(rows, ready, shards, rank=rank, progress=bar.update)
     complete = shared.complete()
     held = [h for h in held if h.shard not in complete]
@@ -124,6 +126,8 @@ def run_merge(args: argparse.Namespace) -> int:
     account = {"command": "score", "data_on_hub": is_on_hub(str(account["data"])), **account}
     if out.name == SCORED:
         write_json(out.parent / RUN_FILE, account)
+    if not account["scored"]:
+        raise EvaluationError(f"none of the {account['rows']} rows has a score; reasons are in {out}, risk_status")
     if args.json:
         print(json.dumps(account))
         return 0
