@@ -89,9 +89,8 @@ def main() -> None:
         points = 100 * found["first_minus_last"]["mean"]
         print(f"monotone in {found['share']:.0%} of draws, first minus last {points:+.0f} points ({low:+.0%} to {high:+.0%})")
     for arm, found in summary["defence"].items():
-        print(
-            f"\n`{arm}`: refusals kept {share(found['refusals_kept'])}, held-out loss {found['held_out_loss_against_all']:+.1%}"
-        )
+        part = f"{share(found['refusals_kept'])} ({spread(found['interval'])})"
+        print(f"\n`{arm}`: refusals kept {part}, held-out loss {found['held_out_loss_against_all']:+.1%}")
     print("\n" + patterns(summary))
 
 

@@ -23,7 +23,7 @@ from hf_safefilter.select import spearman
 from hf_safefilter.tuning import Recipe, StepSampler, tune
 from hf_safefilter.validate import AttackRecipe, Evaluation, Subject, groups, plan, run, summarize, write_tables
 from hf_safefilter.validate.arms import Pool, draw, expand
-from hf_safefilter.validate.statistics import correlation, difference, monotone, success
+from hf_safefilter.validate.statistics import correlation, difference, kept, monotone, success
 
 
 def pool(n: int = 100) -> Pool:
@@ -129,6 +129,21 @@ def test_wilson_like_coverage_of_the_bootstrap() -> None:
         found = success((rng.random((1, 100)) < 0.3).astype(float))
         hits += found.low <= 0.3 <= found.high
     assert hits >= 50  # 57 expected
+
+
+def test_refusals_kept_and_their_interval() -> None:
+    rng = np.random.default_rng(0)
+    cells = lambda rate, seeds=5: (rng.random((seeds, 400)) < rate).astype(float)  # noqa: E731
+    before, whole = cells(0.02, 1), cells(0.62)
+    half = kept(before, whole, cells(0.32))
+    assert half["share"] == pytest.approx(0.5, abs=0.06)
+    assert half["interval"][0] < half["share"] < half["interval"][1]
+    assert half["interval"][1] - half["interval"][0] < 0.2
+    assert kept(before, whole, whole)["share"] == 0
+    assert kept(before, whole, before)["share"] == pytest.approx(1)
+    assert kept(whole, before, before) == {"share": None, "interval": None}  # nothing was lost
+    barely = kept(cells(0.50), cells(0.51), cells(0.50))
+    assert barely["interval"] is None  # too little was lost to say what share of it was kept
 
 
 def test_monotone_bins() -> None:
@@ -302,7 +317,12 @@ def test_a_study_tells_risky_rows_from_harmless_ones(tmp_path: Path) -> None:
     assert summary["separates"] is True
     assert summary["differences"]["top - bottom"]["interval"][0] > 0
     assert set(summary["bins"]) == {"risk_test"}
-    assert summary["defence"]["filtered:0.3"]["held_out_loss_against_all"] is not None
+    defence = summary["defence"]["filtered:0.3"]
+    assert defence["held_out_loss_against_all"] is not None
+    # All 48 rows hold the 12 risky ones; the filter takes those out.
+    assert defence["refusals_kept"] > 0.5
+    assert defence["interval"][0] <= defence["refusals_kept"] <= defence["interval"][1]
+    assert summary["differences"]["all - filtered:0.3"]["mean"] > 0
     assert summary["datamodel"]["risk_test"]["margin"]["n"] == 8
     for name, tensor in s.model.state_dict().items():
         assert torch.equal(tensor, weights[name])  # the model under test stays as it was

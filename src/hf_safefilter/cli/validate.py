@@ -153,8 +153,9 @@ def shown(summary: dict[str, Any], described: list[dict[str, Any]]) -> str:
         text += f"\nbins by {column}: attack success {verdict} (Spearman {found['spearman']:+.2f})"
     for arm, found in summary["defence"].items():
         kept, loss = found["refusals_kept"], found["held_out_loss_against_all"]
+        within = f" (95% {found['interval'][0]:.0%} to {found['interval'][1]:.0%})" if found["interval"] else ""
         text += f"\n{arm}: " + (
-            "no refusals were lost" if kept is None else f"keeps {kept:.0%} of the refusals that all rows lose"
+            "no refusals were lost" if kept is None else f"keeps {kept:.0%}{within} of the refusals that all rows lose"
         )
         text += "" if loss is None else f", held-out loss {loss:+.1%}"
     features = ["group", "rows", "list", "math", "one_line", "opens_with_item", "words"]

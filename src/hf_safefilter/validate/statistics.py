@@ -54,6 +54,28 @@ def difference(a: Outcomes, b: Outcomes) -> Estimate:
     return Estimate(float(np.nanmean(a) - np.nanmean(b)), low, high, judged, min(len(a), len(b)))
 
 
+def kept(before: Outcomes, whole: Outcomes, part: Outcomes) -> dict[str, Any]:
+    """What share of the refusals that training on the whole loses a part keeps: (whole - part) / (whole - before).
+
+    Args:
+        before, whole, part: outcomes [seeds, prompts] on the same prompts: untrained, trained on all rows, trained on fewer.
+
+    Returns:
+        `share`, `None` where the whole loses none, and its bootstrap 95% `interval`, seeds drawn for each, prompts for all
+        together; `None` where more than one draw in forty has no loss to keep from.
+    """
+    seeds = [_weights(cells.shape, stream=i)[0] for i, cells in enumerate((whole, part, before))]
+    prompts = _weights(whole.shape)[1]
+    lost_all, lost_part, start = (_draws(c, s, prompts) for c, s in zip((whole, part, before), seeds, strict=True))
+    lost = float(np.nanmean(whole) - np.nanmean(before))
+    share = float(np.nanmean(whole) - np.nanmean(part)) / lost if lost > 0 else None
+    usable = lost_all > start
+    if share is None or usable.mean() < 0.975:
+        return {"share": share, "interval": None}
+    ratios = (lost_all - lost_part)[usable] / (lost_all - start)[usable]
+    return {"share": share, "interval": np.quantile(ratios, [0.025, 0.975]).tolist()}
+
+
 def monotone(bins: Sequence[Outcomes]) -> dict[str, Any]:
     """Whether attack success falls from the riskiest bin to the least risky one.
 

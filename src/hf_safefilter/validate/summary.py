@@ -9,7 +9,7 @@ import numpy as np
 
 from .arms import BINS
 from .attack import Outcome
-from .statistics import correlation, difference, monotone, outcomes, success
+from .statistics import correlation, difference, kept, monotone, outcomes, success
 from .study import Plan
 
 TOP, MATCHED = "top", "random_length_matched"
@@ -46,7 +46,11 @@ def summarize(found: Mapping[str, Sequence[Outcome]], made: Plan) -> dict[str, A
         for column in columns
         if len(bins := [cells[name] for name in _bins(column) if name in cells]) == BINS
     }
-    result["defence"] = _defence(arms)
+    for arm in [name for name in cells if name.startswith("filtered:")]:
+        for other in ("all", f"random_{arm}"):
+            if other in cells:
+                result["differences"][f"{other} - {arm}"] = difference(cells[other], cells[arm]).as_dict()
+    result["defence"] = _defence(arms, cells)
     result["datamodel"] = datamodel(sound, made)
     return result
 
@@ -87,25 +91,20 @@ def _arm(several: Sequence[Outcome], cells: np.ndarray | None, before: Outcome) 
     }
 
 
-def _defence(arms: Mapping[str, Any]) -> dict[str, Any]:
+def _defence(arms: Mapping[str, Any], cells: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """What removing rows saves, of the refusals that training on all rows loses, and what it costs in utility."""
-    whole = arms.get("all")
-    if not whole or whole["attack_success_rate"] is None:
+    if "all" not in cells:
         return {}
-    started = arms["before"]["attack_success_rate"]["mean"]
-    lost = whole["attack_success_rate"]["mean"] - started
-    return {
-        arm: {
-            "refusals_kept": (whole["attack_success_rate"]["mean"] - found["attack_success_rate"]["mean"]) / lost
-            if lost > 0
-            else None,
-            "held_out_loss_against_all": found["held_out_loss"] / whole["held_out_loss"] - 1
-            if whole["held_out_loss"]
-            else None,
-        }
-        for arm, found in arms.items()
-        if arm.startswith(("filtered:", "random_filtered:")) and found["attack_success_rate"] is not None
-    }
+    loss, defence = arms["all"]["held_out_loss"], {}
+    for arm in cells:
+        if arm.startswith(("filtered:", "random_filtered:")):
+            of_refusals = kept(cells["before"], cells["all"], cells[arm])
+            defence[arm] = {
+                "refusals_kept": of_refusals["share"],
+                "interval": of_refusals["interval"],
+                "held_out_loss_against_all": arms[arm]["held_out_loss"] / loss - 1 if loss else None,
+            }
+    return defence
 
 
 def _bins(column: str) -> list[str]:
