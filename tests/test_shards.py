@@ -27,17 +27,28 @@ ROWS = 97
 SHARDS = 5
 
 
-@pytest.fixture
-def world(tmp_path, model, tokenizer, anchors):
+def make_world(folder: Path, model, tokenizer, anchors) -> list[str]:
     """A folder with a model, anchors and rows, two of which cannot be scored; returns the command that scores them."""
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    anchors.save(tmp_path / "anchors.json")
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    anchors.save(folder / "anchors.json")
     rows = [{"prompt": f"Question {i}?", "completion": "word " * (1 + 7 * i % 23), "kind": "ab"[i % 2]} for i in range(ROWS)]
     rows[4]["completion"] = rows[50]["completion"] = ""
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    command = ["score", str(tmp_path / "rows.jsonl"), "--model", str(tmp_path / "model"), "--dtype", "float32", "--quiet"]
-    return [*command, "--anchors", str(tmp_path / "anchors.json"), "--num-shards", str(SHARDS), "--piece-rows", "6"]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = ["score", str(folder / "rows.jsonl"), "--model", str(folder / "model"), "--dtype", "float32", "--quiet"]
+    return [*command, "--anchors", str(folder / "anchors.json"), "--num-shards", str(SHARDS), "--piece-rows", "6"]
+
+
+@pytest.fixture
+def world(tmp_path, model, tokenizer, anchors) -> list[str]:
+    return make_world(tmp_path, model, tokenizer, anchors)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, model, tokenizer, anchors) -> bytes:
+    """The merged file of a run that nothing interrupted; it does not depend on the folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    return finish(make_world(folder, model, tokenizer, anchors), folder / "run")
 
 
 def start(command: list[str], out: Path) -> subprocess.Popen:
@@ -111,8 +122,7 @@ def killed(world: list[str], out: Path, kills: int, seed: int) -> int:
     return done
 
 
-def test_killed_workers_leave_the_same_bytes(world, tmp_path):
-    whole = finish(world, tmp_path / "whole")
+def test_killed_workers_leave_the_same_bytes(world, tmp_path, whole):
     assert killed(world, tmp_path / "run", kills=3, seed=0) >= 1
     assert finish(world, tmp_path / "run") == whole
 
@@ -134,8 +144,7 @@ def test_a_piece_that_was_finished_is_not_scored_again(world, tmp_path):
         )
 
 
-def test_two_workers_share_and_do_nothing_twice(world, tmp_path):
-    whole = finish(world, tmp_path / "whole")
+def test_two_workers_share_and_do_nothing_twice(world, tmp_path, whole):
     out = tmp_path / "run"
     workers = [start(world, out) for _ in range(2)]
     for worker in workers:
@@ -146,8 +155,7 @@ def test_two_workers_share_and_do_nothing_twice(world, tmp_path):
     assert finish(world, out) == whole
 
 
-def test_torchrun_spreads_shards_over_ranks(world, tmp_path):
-    whole = finish(world, tmp_path / "whole")
+def test_torchrun_spreads_shards_over_ranks(world, tmp_path, whole):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "hf_safefilter.cli"]
     done = subprocess.run(
         [*launch, *world, "--out", str(tmp_path / "run")], env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -206,9 +214,8 @@ def test_damage_is_named_and_repaired(world, tmp_path, capsys):
     assert finish(world, out) == whole
 
 
-def test_damaged_pieces_are_scored_again(world, tmp_path):
+def test_damaged_pieces_are_scored_again(world, tmp_path, whole):
     out = tmp_path / "run"
-    whole = finish(world, tmp_path / "whole")
     worker = start(world, out)
     wait_for(out / "work", "*.parquet", 2)
     worker.send_signal(signal.SIGSTOP)
@@ -245,7 +252,7 @@ def test_another_run_in_the_folder_is_refused(world, tmp_path, capsys):
     assert "was changed by hand" in capsys.readouterr().err
 
 
-def test_a_worker_that_hangs_is_named_and_holds_up_only_its_shard(world, tmp_path):
+def test_a_worker_that_hangs_is_named_and_holds_up_only_its_shard(world, tmp_path, whole):
     out = tmp_path / "run"
     hanging = start(world, out)
     wait_for(out / "work", "*.parquet", 1)
@@ -260,13 +267,15 @@ def test_a_worker_that_hangs_is_named_and_holds_up_only_its_shard(world, tmp_pat
     finally:
         hanging.kill()
         hanging.communicate()
-    assert finish(world, out) == finish(world, tmp_path / "whole")
+    assert finish(world, out) == whole
 
 
-def test_files_that_cannot_be_written_whole(world, tmp_path):
+def test_files_that_cannot_be_written_whole(world, tmp_path, whole):
     """The system refuses to let files grow, as on a full disk: one line, nothing half-written, and nothing lost."""
-    whole, out = finish(world, tmp_path / "whole"), tmp_path / "run"
-    assert main([*world, "--out", str(out), "--shard-index", "0"]) == 0  # the anchors are fitted, and the rows cached
+    out = tmp_path / "run"
+    first = start([*world, "--shard-index", "0"], out)  # the anchors are fitted, and the rows cached
+    first.communicate(timeout=300)
+    assert first.returncode == 0
     done = subprocess.run(
         [sys.executable, "-m", "hf_safefilter.cli", *world, "--out", str(out)], env=os.environ | {"OMP_NUM_THREADS": "1"},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000)), capture_output=True, text=True,
@@ -310,9 +319,8 @@ def test_bad_folders(tmp_path, world, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-def test_thirty_kills(world, tmp_path, seed):
+def test_thirty_kills(world, tmp_path, seed, whole):
     """Ten of them each."""
-    whole = finish(world, tmp_path / "whole")
     total, turn = 0, 0
     while total < 10:
         out = tmp_path / f"run{turn}"
