@@ -21,7 +21,7 @@ from datasets import Dataset
 from hf_safefilter import SafetyRiskScorer, filter_risky
 from hf_safefilter.cli import main
 from hf_safefilter.cli.shards import my_shards
-from hf_safefilter.shards import read_plan
+from hf_safefilter.shard_plan import read_plan
 
 ROWS = 97
 SHARDS = 5
@@ -65,6 +65,7 @@ def finish(command: list[str], out: Path) -> bytes:
     said, errors = last.communicate(timeout=300)
     assert last.returncode == 0, errors
     assert f"{SHARDS} of {SHARDS} shards are complete" in said
+    assert not list(out.rglob("*.tmp")), "left by a killed worker"
     assert main(["merge", str(out), "-o", str(out.parent / f"{out.name}.merged.parquet")]) == 0
     return (out.parent / f"{out.name}.merged.parquet").read_bytes()
 

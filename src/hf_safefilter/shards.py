@@ -24,7 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ from filelock import FileLock, Timeout
 from .errors import EvaluationError, InputError, first_line
 from .files import replacing, write_atomically
 from .reference import DESCRIPTION, Description
-from .saving import described
+from .shard_plan import PLAN_FILE, Plan, agree, identity, read_plan
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -44,38 +44,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PLAN_FILE = "plan.json"
 ROW_INDEX = "row_index"
-_FORMAT = "hf_safefilter.shards/1"
 _PIECE = b"hf_safefilter.piece"
 # Rows in a call of the scorer; see `hf-safefilter score`.
 _CALL_GRADIENT, _CALL = 64, 256
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a folder's shards are of. `data` is a fingerprint of the rows' content, `scorer` all that a score depends on."""
-
-    rows: int
-    num_shards: int
-    piece_rows: int
-    data: str
-    name: str
-    scorer: dict[str, Any]
-
-    def range(self, shard: int) -> tuple[int, int]:
-        """The shard's rows, from the first to before the last."""
-        return shard * self.rows // self.num_shards, (shard + 1) * self.rows // self.num_shards
-
-    def pieces(self, shard: int) -> list[tuple[int, int]]:
-        """The shard's pieces."""
-        start, stop = self.range(shard)
-        return [(at, min(at + self.piece_rows, stop)) for at in range(start, stop, self.piece_rows)]
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 (hex): equal for plans whose shards have the same content."""
-        return hashlib.sha256(json.dumps(asdict(self) | {"name": ""}, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -120,15 +92,15 @@ class ShardedRun:
             raise InputError(f"{num_shards} shards for {len(ds)} rows: use at most as many as there are rows")
         if ROW_INDEX in ds.column_names:
             raise InputError(f"the dataset has a column {ROW_INDEX!r} already: rename it, shards add their own")
-        plan = Plan(len(ds), num_shards, piece_rows, data, name, _identity(scorer))
+        plan = Plan(len(ds), num_shards, piece_rows, data, name, identity(scorer))
         for part in ("", "work", "shards", "records", "locks"):
             (folder / part).mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "locks" / "plan.lock"):
+            _tidy(folder, PLAN_FILE)
             if (folder / PLAN_FILE).exists():
-                _agree(read_plan(folder), plan, folder)
+                agree(read_plan(folder), plan, folder)
             else:
-                content = {"format": _FORMAT, **asdict(plan), "fingerprint": plan.fingerprint}
-                write_atomically(folder / PLAN_FILE, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+                plan.save(folder)
         return cls(folder, plan)
 
     def prepare(self, scorer: SafetyRiskScorer, rank: int | None = None) -> SafetyRiskScorer:
@@ -147,6 +119,7 @@ class ShardedRun:
             lock.acquire()
         try:
             if not (folder / DESCRIPTION).is_file():
+                _tidy(folder)
                 owner.write_text(_who())
                 scorer.save_reference(folder, rank)
                 close_sessions()  # what was fitted is read back, like everywhere else
@@ -193,6 +166,10 @@ class ShardedRun:
         started = time.time()
         folder = self._work(shard)
         folder.mkdir(exist_ok=True)
+        target = self._file(shard)
+        _tidy(folder)
+        _tidy(target.parent, target.name)
+        _tidy(self.folder / "records", self._record(shard).name)
         scored_here = 0
         for start, stop in self.plan.pieces(shard):
             path = folder / f"{start:012d}.parquet"
@@ -202,16 +179,15 @@ class ShardedRun:
             progress(stop - start)
         start, stop = self.plan.range(shard)
         files = [folder / f"{at:012d}.parquet" for at, _ in self.plan.pieces(shard)]
-        target = self._file(shard)
         unscored: Counter[str] = Counter()
         tokens = 0
+        first = next(n for n in scorer.result_columns if n.startswith("risk_") and n != "risk_status")
 
         def tables() -> Iterator[pa.Table]:
             nonlocal tokens
             for path in files:
                 table = _read(path)
                 tokens += sum(n or 0 for n in table["total_tokens"].to_pylist())
-                first = next(n for n in table.column_names if n in scorer.result_columns)
                 pairs = zip(table[first].to_pylist(), table["risk_status"].to_pylist(), strict=True)
                 unscored.update(why for value, why in pairs if value is None)
                 yield table
@@ -289,30 +265,6 @@ class ShardedRun:
         return self.folder / "records" / f"{shard:05d}.json"
 
 
-def read_plan(folder: str | Path) -> Plan:
-    """A folder's plan.
-
-    Raises:
-        InputError: none there, damaged, or of another version.
-    """
-    path = Path(folder) / PLAN_FILE
-    try:
-        data = json.loads(path.read_text("utf-8"))
-        if data.pop("format") != _FORMAT:
-            raise InputError(f"{path} is of another version of hf_safefilter")
-        fingerprint = data.pop("fingerprint")
-        plan = Plan(**data)
-    except FileNotFoundError:
-        raise InputError(f"no shards in {str(folder)!r}: it has no {PLAN_FILE}") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} is damaged ({first_line(error)})") from None
-    if plan.fingerprint != fingerprint:
-        raise InputError(f"{path} was changed by hand: its fingerprint does not fit")
-    return plan
-
-
 def merge(folder: str | Path, out: Path) -> dict[str, Any]:
     """All shards as one parquet file, rows in the order of the input; returns the account of the whole run.
 
@@ -378,41 +330,18 @@ def _damaged(run: ShardedRun, shard: int, why: str) -> EvaluationError:
     return EvaluationError(f"shard {shard} is damaged: {why}; delete {run._record(shard)} and run the same score command again")
 
 
-def _identity(scorer: SafetyRiskScorer) -> dict[str, Any]:
-    """All that scores depend on, without names and paths of this machine."""
-    from . import __version__
-    from .scorer import SCORE_VERSION
-
-    settings = described(scorer)
-    settings.pop("format")
-    settings["options"] |= {"parameters": scorer.parameters, "direction_energy": scorer.direction_energy}
-    return settings | {
-        "anchors": {"name": scorer.anchors.name, "sha256": scorer.anchors.content_hash},
-        "reference": None if scorer.reference is None else scorer.reference.fingerprint,
-        "score_version": SCORE_VERSION, "version": __version__,
-    }  # fmt: skip
-
-
-def _agree(there: Plan, ours: Plan, folder: Path) -> None:
-    """Raise `InputError` that names what differs between a folder's plan and this run."""
-    for name, what in (("data", "other rows, or rows that have changed"), ("rows", "another number of rows"),
-                       ("num_shards", "another number of shards"), ("piece_rows", "another --piece-rows")):  # fmt: skip
-        if getattr(there, name) != getattr(ours, name):
-            found = "" if name == "data" else f" ({getattr(there, name)}, not {getattr(ours, name)})"
-            raise InputError(f"{str(folder)!r} holds shards of {what}{found}: use another folder")
-    if there.fingerprint != ours.fingerprint:
-        differ = sorted(k for k in {*there.scorer, *ours.scorer} if there.scorer.get(k) != ours.scorer.get(k))
-        raise InputError(
-            f"{str(folder)!r} holds shards scored with another scorer (other {', '.join(differ)}): use another folder"
-        )
-
-
 def _described(table: pa.Table) -> pa.Schema:
     """The table's schema, which `datasets` reads back with the types that it has here."""
     from datasets import Features
 
     schema: pa.Schema = Features.from_arrow_schema(table.schema).arrow_schema
     return pa.schema(table.schema, metadata=schema.metadata)
+
+
+def _tidy(folder: Path, name: str = "") -> None:
+    """Remove what a worker left that was killed while it wrote (this file); call it under the lock of those files."""
+    for left in folder.glob(f".{name}*.tmp"):
+        left.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> pa.Table:
