@@ -19,9 +19,9 @@ from typing import Any
 # Scores, dtype.
 SETTINGS = (
     ("gradient,representation", "bfloat16"),
+    ("representation", "bfloat16"),
     ("all", "bfloat16"),
     ("gradient", "float32"),
-    ("representation", "bfloat16"),
 )
 
 # Scores rows in a process of its own; prints what an estimate also says.

@@ -1,6 +1,6 @@
 """What docs/evidence.md makes of a scored pool.
 
-python benchmarks/evidence_pools.py fuse variants.parquet main.parquet      adds risk_fusion, the mean rank of three scores
+python benchmarks/evidence_pools.py fuse variants.parquet main.parquet      adds mean ranks, and the gradient score's sides
 python benchmarks/evidence_pools.py sample main.parquet defence.parquet     600 scored rows drawn at random
 """
 
@@ -13,14 +13,23 @@ from datasets import Dataset
 
 from hf_safefilter.select import score_values
 
-FUSED, COLUMN = ["risk_gradient_balanced", "risk_margin_step_adam", "risk_refusal_direction"], "risk_fusion"
+COLUMN, OTHERS = "risk_fusion", ["risk_margin_step_adam", "risk_refusal_direction"]
 
 
 def fuse(ds: Dataset) -> Dataset:
-    """With the mean rank; none where a score is missing."""
-    ranks = score_values(ds, FUSED)
-    others = ds.remove_columns(COLUMN) if COLUMN in ds.column_names else ds
-    return others.add_column(COLUMN, [None if np.isnan(rank) else float(rank) for rank in ranks])
+    """With the columns added; none where a score is missing."""
+    paper, balanced = score_values(ds, ["risk_gradient"]), score_values(ds, ["risk_gradient_balanced"])
+    # H - (S1 + S2) and H - (S1 + S2) / 2, of the cosines to the harmful and the two safe sides.
+    added = {
+        COLUMN: score_values(ds, ["risk_gradient_balanced", *OTHERS]),
+        "risk_fusion_paper": score_values(ds, ["risk_gradient", *OTHERS]),
+        "risk_harmful_only": 2 * balanced - paper,
+        "risk_away_from_safe": paper - balanced,
+    }
+    ds = ds.remove_columns([name for name in added if name in ds.column_names])
+    for name, values in added.items():
+        ds = ds.add_column(name, [None if np.isnan(value) else float(value) for value in values])
+    return ds
 
 
 def sample(ds: Dataset, rows: int, seed: int) -> Dataset:
