@@ -76,6 +76,8 @@ RAW: dict[str, tuple[str, bytes]] = {
     "duplicate keys": ("a.jsonl", b'{"prompt": "a", "prompt": "b", "completion": "c"}'), "deep": ("a.jsonl", b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}"),
     "very deep": ("a.jsonl", b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"), "deep objects": ("a.jsonl", b'{"p":' * 100_000 + b"1" + b"}" * 100_000),
     "deep array": ("a.json", b"[" * 100_000 + b"]" * 100_000), "null later": ("a.jsonl", lines(GOOD, None, GOOD)), "null array": ("a.json", b"[null, null]"),
+    "nulls in json": ("a.json", b"null\nnull"),
+    "blank, then null": ("a.json", b"\n \nnull"),
     "pretty": ("a.json", json.dumps(GOOD, indent=1).encode()), "number later": ("a.jsonl", lines(GOOD, 5)), "infinity": ("a.jsonl", b'{"prompt": Infinity, "completion": "x"}'),
     "mixed types": ("a.jsonl", lines(GOOD, {"prompt": 5, "completion": ["x"]})), "columns change": ("a.jsonl", lines(GOOD, {"instruction": "a", "output": "b"})),
     "no known column": ("a.jsonl", lines({"x": 1})), "control names": ("a.jsonl", lines({ESC: "a", "prompt\n": "b"})), "empty name": ("a.jsonl", lines({"": "a", **GOOD})),

@@ -18,24 +18,25 @@ def check_json(path: Path) -> None:
     Raises:
         InputError: and which line it is.
     """
+    by_line: bool | None = None  # until the first line that is not blank
     with path.open("rb") as file:
-        # An array, or an object over several lines, is read by another parser, which takes anything but depth.
-        by_line = _is_by_line(file.readline() if path.suffix == ".json" else b"{}")
-        file.seek(0)
         for number, line in enumerate(file, 1):
             # The mark at the start of a file belongs to no line.
-            start = line.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] if number == 1 else line.lstrip()[:1]
-            if by_line and start not in (b"{", b"") and not (number == 1 and start == b"["):
+            line = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).lstrip()  # noqa: PLW2901
+            if not line:
+                continue
+            if by_line is None and line[:1] in (b"[", b"{"):
+                # An array, or an object over several lines, is read by another parser, which takes anything but depth.
+                by_line = line[:1] == b"{" and (path.suffix == ".jsonl" or _is_object(line))
+            elif by_line is not False and line[:1] != b"{":
                 raise InputError(f"{path}: line {number} is no JSON object ({line[:40]!r}); write one row a line, as {{...}}")
-            if number == 1 and start == b"[":
-                by_line = False
             if line.count(b"[") + line.count(b"{") > _BRACKETS:
                 _check_depth(path, number, line)
 
 
-def _is_by_line(first: bytes) -> bool:
+def _is_object(line: bytes) -> bool:
     try:
-        return isinstance(json.loads(first), dict)
+        return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
         return False
 
