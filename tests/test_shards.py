@@ -108,13 +108,16 @@ def test_shards_give_what_a_map_gives(world, tmp_path, anchors, capsys):
 
 
 def killed(world: list[str], out: Path, kills: int, seed: int) -> int:
-    """Kill one or two workers at random moments of their work, again and again; returns how often."""
+    """Kill one or two workers at random moments, mostly while they score, again and again; returns how often."""
     rng, done = random.Random(seed), 0
+    progress = lambda: {p for part in ("work", "records") for p in (out / part).rglob("*.*")}  # noqa: E731
     while done < kills and len(list((out / "records").glob("*.json"))) < SHARDS:
+        before = progress()
         workers = [start(world, out) for _ in range(rng.choice([1, 2]))]
-        if done == 0:
-            wait_for(out, "plan.json")
-        time.sleep(rng.uniform(3, 8))
+        end = time.time() + (60 if done == 0 or rng.random() < 0.7 else rng.uniform(0, 4))
+        while progress() == before and time.time() < end and any(w.poll() is None for w in workers):
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.3 if done else 0.05))  # the first kill hits its worker
         for worker in workers:
             if worker.poll() is None:
                 worker.send_signal(signal.SIGKILL)
