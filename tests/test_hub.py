@@ -193,7 +193,7 @@ def test_hostile_names_in_the_card_are_code() -> None:
     ds = dataset(20).rename_column("risk_gradient", "risk_`<script>`|x\n# heading")
     model = {"model": {"name": "<img src=x>`\n# no", "fingerprint": "1"}}
     account = {"model": model, "anchors": None, "data": "[a](javascript:b)"}
-    card = DatasetCard(scored_card(ds, "risk_gradient_balanced", "ann/x", account, None, None, picture=False))
+    card = DatasetCard(scored_card(ds, "risk_gradient_balanced", "ann/x", account, None, None, None, picture=False))
     assert "\n# heading" not in card.text
     assert "\n# no" not in card.text
     for line in card.text.splitlines():
