@@ -97,6 +97,7 @@ def test_shards_give_what_a_map_gives(world, tmp_path, anchors, capsys):
             assert merged[name][:] == plain[name][:]
     account = json.loads((tmp_path / "scored/run.json").read_text())
     assert account["unscored"] == {"no target: the response is empty": 2}
+    assert account["data_on_hub"] is False
     assert account["tokens"] == sum(n or 0 for n in plain["total_tokens"])
     assert main(["report", str(tmp_path / "scored"), "-o", str(tmp_path / "r.html")]) == 0
     assert len(filter_risky(merged, fraction=0.1, unscored="keep")) == ROWS - 10

@@ -21,13 +21,15 @@ _FORMAT = "hf_safefilter.shards/1"
 
 @dataclass(frozen=True)
 class Plan:
-    """What a folder's shards are of. `data` is a fingerprint of the rows' content, `scorer` all that a score depends on."""
+    """What a folder's shards are of. `data` is a fingerprint of the rows' content, `on_hub` whether `name` is a
+    dataset there, `scorer` all that a score depends on."""
 
     rows: int
     num_shards: int
     piece_rows: int
     data: str
     name: str
+    on_hub: bool
     scorer: dict[str, Any]
 
     def range(self, shard: int) -> tuple[int, int]:

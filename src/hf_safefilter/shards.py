@@ -68,6 +68,7 @@ class ShardedRun:
     @classmethod
     def open(
         cls, folder: str | Path, ds: Dataset, scorer: SafetyRiskScorer, num_shards: int, *, data: str, name: str = "",
+        on_hub: bool = False,
         piece_rows: int = 256,
     ) -> ShardedRun:  # fmt: skip
         """Start a run in a folder, or join the one that is there.
@@ -78,7 +79,7 @@ class ShardedRun:
             scorer: what to score with. Its weights are not read here.
             num_shards: whatever the number of workers; a few times as many keep all of them busy to the end.
             data: a fingerprint of the rows' content; the folder is refused with other rows.
-            name: of the data, for the account.
+            name, on_hub: of the data, for the account; whether that is a dataset on the Hub.
             piece_rows: how many rows are lost at most when a worker is killed.
 
         Raises:
@@ -92,7 +93,7 @@ class ShardedRun:
             raise InputError(f"{num_shards} shards for {len(ds)} rows: use at most as many as there are rows")
         if ROW_INDEX in ds.column_names:
             raise InputError(f"the dataset has a column {ROW_INDEX!r} already: rename it, shards add their own")
-        plan = Plan(len(ds), num_shards, piece_rows, data, name, identity(scorer))
+        plan = Plan(len(ds), num_shards, piece_rows, data, name, on_hub, identity(scorer))
         for part in ("", "work", "shards", "records", "locks"):
             (folder / part).mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "locks" / "plan.lock"):
@@ -302,7 +303,8 @@ def merge(folder: str | Path, out: Path) -> dict[str, Any]:
     for record in records:
         unscored.update(record["unscored"])
     return {
-        "data": plan.name, "rows": plan.rows, "scored": plan.rows - unscored.total(), "unscored": dict(unscored.most_common()),
+        "data": plan.name, "data_on_hub": plan.on_hub, "rows": plan.rows, "scored": plan.rows - unscored.total(),
+        "unscored": dict(unscored.most_common()),
         "tokens": sum(r["tokens"] for r in records), "seconds": round(sum(r["seconds"] for r in records), 2),
         "score_columns": [n for n in schema.names if n.startswith("risk_") and n != "risk_status"],
         **plan.scorer, "fingerprint": plan.fingerprint, "shards": plan.num_shards,

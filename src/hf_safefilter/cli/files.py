@@ -85,7 +85,7 @@ def data_fingerprint(data: str, split: str | None, limit: int | None) -> str:
 
     digest = hashlib.sha256(f"{split}\0{limit}\0".encode())
     path = Path(data)
-    if not path.exists():
+    if is_on_hub(data):
         try:
             digest.update(str(HfApi().dataset_info(data).sha).encode())
         except Exception as error:  # offline, no permission, ...

@@ -55,7 +55,14 @@ def score_in_shards(args: argparse.Namespace) -> int:
         raise InputError(f"{args.data} has no rows")
     fingerprint = data_fingerprint(args.data, args.split, args.limit)
     shared = ShardedRun.open(
-        args.out, rows, scorer, args.num_shards, data=fingerprint, name=args.data, piece_rows=args.piece_rows
+        args.out,
+        rows,
+        scorer,
+        args.num_shards,
+        data=fingerprint,
+        name=args.data,
+        on_hub=is_on_hub(args.data),
+        piece_rows=args.piece_rows,
     )
     done = set(shared.complete())
     held = []
@@ -123,7 +130,7 @@ def run_merge(args: argparse.Namespace) -> int:
     whole = args.out.suffix == ""
     out = args.out / SCORED if whole else args.out
     account = merge(args.folder, out) | {"versions": versions()}
-    account = {"command": "score", "data_on_hub": is_on_hub(str(account["data"])), **account}
+    account = {"command": "score", **account}
     if out.name == SCORED:
         write_json(out.parent / RUN_FILE, account)
     if not account["scored"]:
