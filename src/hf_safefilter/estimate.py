@@ -170,7 +170,7 @@ def estimate_scoring(
         order = scorable[np.argsort(lengths[scorable], kind="stable")]
         timed = [table.rows[i] for i in order], lengths[order]
         try:
-            found = _trial(scorer, device, config, *timed, tokens=mean * total, say=say)
+            found = _trial(scorer, device, config, *timed, parameters=parameters, layers=layers, tokens=mean * total, say=say)
         except EvaluationError as error:
             remarks.append(f"time and memory are not known: {error}")
     return Estimate(
@@ -197,13 +197,12 @@ def _size(config: Any) -> tuple[int, int]:
 
 
 def _trial(
-    scorer: SafetyRiskScorer, device: str, config: Any, rows: Sequence[Any], lengths: np.ndarray, *, tokens: float,
-    say: Callable[[str], None],
+    scorer: SafetyRiskScorer, device: str, config: Any, rows: Sequence[Any], lengths: np.ndarray, *, parameters: int,
+    layers: int, tokens: float, say: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
     """Seconds and peak memory of the whole model, from trials at two depths."""
     from .probe import COUNTS, measure, shallow
 
-    parameters, layers = _size(config)
     width = DTYPES[scorer.spec.dtype].itemsize
     free = _free(device)
     for low, high in _DEPTHS:
