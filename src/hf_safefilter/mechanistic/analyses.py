@@ -6,7 +6,7 @@
     update_gain             Fig. 5   does the update act on unsafe inputs more than on safe ones?
     local_sensitivity       Fig. 6   how much does the answer depend on the input, around it?
     group_table             Fig. 7   jailbreak inputs under these measures, split by success
-    shift_table (updates)   4.6      the update scaled, taken apart, moved to another model
+    shift_table             4.6      the update scaled, taken apart, moved to another model
 
 Prompts are lists of token ids; the answer begins after the last. Activations are what `mlp_inputs` gives,
 {block: [prompts, hidden]}: what a block's MLP reads at that token. Tables are lists of flat dicts. Intervals are 95%, by the
@@ -22,9 +22,7 @@ import numpy as np
 import torch
 
 from ..engine.backward import frozen, predicting_positions
-from ..engine.mlp import mlp_inputs
-from ..errors import InputError
-from .clusters import (
+from ..engine.clusters import (
     Activations,
     Clusters,
     Row,
@@ -37,7 +35,9 @@ from .clusters import (
     interval,
     wins,
 )
-from .updates import Update, shift_table, shifted, thin_svd, updates
+from ..engine.mlp import mlp_inputs
+from ..engine.updates import Update, shift_table, shifted, thin_svd, updates
+from ..errors import InputError
 
 __all__ = [
     "Alignment", "Clusters", "alignment_table", "auroc", "cluster_separation", "column_space_alignment", "direction_drift",

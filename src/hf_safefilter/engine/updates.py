@@ -17,9 +17,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from ..engine.layers import blocks
-from ..engine.mlp import layer_indices, mlp_of, readers
 from ..errors import InputError
+from .layers import blocks
+from .mlp import layer_indices, mlp_of, readers
 
 Part = Literal["all", "mlp", "attention", "mlp_in"]
 Factors = tuple[torch.Tensor, torch.Tensor]
