@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--name", default="", help="put after each column, such as _warm for an early checkpoint")
     parser.add_argument("--passes", default="", help="suffixes with commas between, such as ,_first10; all by default")
+    parser.add_argument("--scores", default="all", help="of the pass over whole responses, with commas between")
     args = parser.parse_args()
     rows = Dataset.from_json(args.data)
     chosen = args.passes.split(",") if args.passes else None
@@ -75,7 +76,7 @@ def main() -> None:
             kept.write_text(json.dumps(adapted(args.model, args.adapter).to_dict()))
         own = AnchorSet.from_dict(json.loads(kept.read_text()))
     passes = {
-        "": {"scores": "all"},
+        "": {"scores": args.scores if args.scores == "all" else args.scores.split(",")},
         "_first10": {"scores": GRADIENTS, "max_response_tokens": 10},
         "_first5": {"scores": GRADIENTS, "max_response_tokens": 5},
         "_first10_own": {"scores": ("gradient", "margin_step"), "max_response_tokens": 10, "anchors": own},

@@ -21,7 +21,7 @@ import torch
 
 from .chat import ChatEncoder
 from .display import facts_html
-from .engine.loading import DTYPES, context_length_of, default_device, load_config, load_tokenizer
+from .engine.loading import DTYPES, SPREAD, context_length_of, default_device, load_config, load_tokenizer
 from .errors import EvaluationError, InputError, first_line
 from .scorer import ATTRIBUTION, SafetyRiskScorer
 from .tables import Table
@@ -165,7 +165,8 @@ def estimate_scoring(
     width = DTYPES[spec.dtype].itemsize
     remarks: list[str] = []
     found: dict[str, Any] = dict.fromkeys(("fit_seconds", "score_seconds", "memory", "device_memory", "measured"))
-    device = scorer.device or default_device()
+    # Layers that are spread over GPUs run one after the other: no faster than on one.
+    device = default_device() if scorer.device in (None, SPREAD) else scorer.device
     if trial:
         order = scorable[np.argsort(lengths[scorable], kind="stable")]
         timed = [table.rows[i] for i in order], lengths[order]

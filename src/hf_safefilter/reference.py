@@ -119,7 +119,7 @@ class Description:
                 score, _, name = rest.partition("/")
                 fitted[score][name] = tensor
         energy: dict[str, float] = self.data["direction_energy"]
-        directions = Directions.from_tensors(list(energy), parts, energy).to(engine.device) if energy else None
+        directions = Directions.from_tensors(list(energy), parts, energy).beside(engine.units) if energy else None
         return Reference(fitted, directions)
 
 

@@ -26,7 +26,7 @@ from .chat import ChatEncoder, Example, Target, check_options
 from .display import facts_html
 from .engine.identity import Source, module_source, module_stamp, resolve, tokenizer_source
 from .engine.layers import check_parameters, trainable
-from .engine.loading import ModelSpec, check_lm_head, named_spec, register, resolve_dtype
+from .engine.loading import SPREAD, ModelSpec, check_lm_head, input_device, named_spec, register, resolve_dtype
 from .engine.passes import Needs
 from .errors import InputError, UnscorableRow
 from .formats import check_columns
@@ -75,7 +75,8 @@ class SafetyRiskScorer:
         adapter: a PEFT adapter (folder or Hub id), merged into the model.
         gguf_file: the GGUF file in `model`'s folder or repository, loaded dequantized.
         dtype: `"auto"` (bfloat16 where the device multiplies it fast, else float32), or a name or `torch.dtype`.
-        device: where to run; by default the first GPU, or GPU `rank` with `map(..., with_rank=True)`, or the CPU.
+        device: where to run; by default the first GPU, or GPU `rank` with `map(..., with_rank=True)`, or the CPU;
+            `"auto"` spreads the layers over all GPUs (`device_map="auto"`).
         max_length: tokens kept from the start of each row.
         max_response_tokens: score each row as if its response ended after this many target tokens; at 10 far cheaper, and
             the opening is where refusals are decided. By default the whole response.
@@ -148,7 +149,7 @@ class SafetyRiskScorer:
         self.gradient_checkpointing = bool(gradient_checkpointing)
         self.max_response_tokens = max_response_tokens
         self.columns = check_columns(columns)
-        self.device = None if device is None else str(_checked_device(device))
+        self.device = None if device is None else _checked_device(device)
         self.max_length = max_length
         self.target: Target = target
         self.batch_tokens = batch_tokens
@@ -202,6 +203,7 @@ class SafetyRiskScorer:
         actual = str(next(p.dtype for p in trainable(model))).removeprefix("torch.")
         if dtype != "auto" and resolve_dtype(dtype, self.device) != actual:
             raise InputError(f"the loaded model is {actual}; convert it yourself instead of passing dtype={dtype!r}")
+        input_device(model)  # refuses what is not there
         self._model, self._stamp = model, module_stamp(model)
         return ModelSpec(register(module_source(model), model, self._stamp), tokenizer, actual)
 
@@ -453,8 +455,8 @@ def _unpacked(packed: str) -> AnchorSet:
     return AnchorSet.from_dict(json.loads(zlib.decompress(base64.b85decode(packed))))
 
 
-def _checked_device(device: str) -> torch.device:
+def _checked_device(device: str) -> str:
     try:
-        return torch.device(device)
+        return device if device == SPREAD else str(torch.device(device))
     except RuntimeError:
-        raise InputError(f"device must be 'cpu', 'cuda', 'cuda:1', ..., got {device!r}") from None
+        raise InputError(f"device must be 'cpu', 'cuda', 'cuda:1', ... or {SPREAD!r}, got {device!r}") from None

@@ -78,7 +78,7 @@ def add_model_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--adapter", help="a PEFT adapter, merged into the model")
     p.add_argument("--tokenizer", help="a tokenizer's folder or Hub id (default: the model's own)")
     p.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (default: auto)")
-    p.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    p.add_argument("--device", help="cpu, cuda, cuda:1, ..., or auto: layers over all GPUs (default: a GPU if there is one)")
 
 
 def model_spec(args: argparse.Namespace, device: str, dtype: str | None = None) -> ModelSpec:

@@ -39,17 +39,17 @@ class Attribution(Visitor):
 
     def _add(self, rows: slice, product: torch.Tensor) -> None:
         """`product` [rows, positions, ...], summed over all that follows positions."""
-        terms = ghost.widest(product.flatten(2).sum(dim=2))
+        terms = ghost.widest(product.flatten(2).sum(dim=2)).to(self.terms.device)
         if self.positions is None:
             self.terms[rows] += terms
         else:  # the head's, at the positions that predict
-            self.terms[rows].index_add_(1, self.positions, terms)
+            self.terms[rows].index_add_(1, self.positions.to(terms.device), terms)
 
     def _direction(self, unit: str) -> torch.Tensor:
         """The weighted sum [...shape of the parameter] of dense directions."""
         part = self.directions.parts[unit]
         assert isinstance(part, Dense)
-        return torch.tensordot(self.weights.to(part.values.dtype), part.values, dims=1)
+        return torch.tensordot(self.weights.to(part.values), part.values, dims=1)
 
     def matrix(self, unit: str, rows: slice, a: torch.Tensor, d: torch.Tensor) -> None:
         """See `Visitor`."""
@@ -58,7 +58,7 @@ class Attribution(Visitor):
             self._add(rows, d.to(ghost.accumulator(d.dtype)) * (a @ self._direction(unit).to(a.dtype).T))
         else:
             x, y = d @ part.left.to(d.dtype), a @ part.right.to(a.dtype)
-            core = torch.tensordot(self.weights.to(part.core.dtype), part.core, dims=1)
+            core = torch.tensordot(self.weights.to(part.core), part.core, dims=1)
             self._add(rows, (x.to(core.dtype) @ core) * y)
 
     def norm(self, unit: str, rows: slice, normalised: torch.Tensor, d: torch.Tensor) -> None:
@@ -78,8 +78,8 @@ class Attribution(Visitor):
         part = self.directions.parts[unit]
         if isinstance(part, Dense):
             # Looked up before they are weighted: an embedding is large, a row short.
-            looked_up = torch.tensordot(self.weights.to(part.values.dtype), part.values[:, ids], dims=1)
+            looked_up = torch.tensordot(self.weights.to(part.values), part.values[:, ids], dims=1)
         else:
-            core = torch.tensordot(self.weights.to(part.core.dtype), part.core, dims=1)
+            core = torch.tensordot(self.weights.to(part.core), part.core, dims=1)
             looked_up = part.left[ids] @ core @ part.right.T
         self._add(self.every_row, d.to(looked_up.dtype) * looked_up)

@@ -47,6 +47,10 @@ class Targets:
         counts = torch.bincount(row, minlength=len(labels)).tolist()
         return cls(row, position, labels[row, position + 1], counts)
 
+    def to(self, device: torch.device) -> Targets:
+        """The same on a device."""
+        return Targets(self.row.to(device), self.position.to(device), self.token.to(device), self.counts)
+
     def slices(self) -> list[slice]:
         """Each row's part of the predictions."""
         ends = torch.tensor([0, *self.counts]).cumsum(0).tolist()
@@ -134,7 +138,8 @@ def predicting_positions(model: Any, row: torch.Tensor, position: torch.Tensor) 
     """Let the head see these positions only: its output is [1, positions, vocabulary] for `row`, `position` [positions]."""
 
     def keep(module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-        return (args[0][row, position][None],)
+        x = args[0]
+        return (x[row.to(x.device), position.to(x.device)][None],)
 
     handle = model.get_output_embeddings().register_forward_pre_hook(keep)
     try:
@@ -155,6 +160,7 @@ def forward(model: Any, batch: Batch, targets: Targets, *, gradients: bool) -> t
     position = torch.cat([targets.position, targets.position.new_zeros(extra)])
     with predicting_positions(model, row, position):
         logits: torch.Tensor = model(**inputs(batch, model)).logits
+    targets = targets.to(logits.device)
     with torch.no_grad():
         count = len(targets.row)
         log_p = torch.log_softmax(logits[0], dim=1, dtype=accumulator(logits.dtype))  # [predictions, vocabulary]

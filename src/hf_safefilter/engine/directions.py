@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -78,10 +78,11 @@ class Directions:
         small.energy = dict(zip(self.names, (after / before.clamp(min=1e-300)).clamp(max=1).tolist(), strict=True))
         return small
 
-    def to(self, device: torch.device) -> Directions:
-        """The directions on a device."""
-        move = lambda part: type(part)(**{k: v.to(device) for k, v in vars(part).items()})  # noqa: E731
-        return Directions(self.names, {name: move(part) for name, part in self.parts.items()}, self.energy)
+    def beside(self, parameters: Mapping[str, torch.nn.Parameter]) -> Directions:
+        """The directions, each part on the device of its parameter."""
+        move = lambda part, device: type(part)(**{k: v.to(device) for k, v in vars(part).items()})  # noqa: E731
+        parts = {name: move(part, parameters[name].device) for name, part in self.parts.items()}
+        return Directions(self.names, parts, self.energy)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors by `parameter/role`, for safetensors."""

@@ -96,13 +96,14 @@ def catching(
     def take(index: int, x: torch.Tensor) -> None:
         if index not in seen:  # gradient checkpointing runs blocks twice
             seen.add(index)
+            here = labels.to(x.device)  # a model may be spread over devices
             for h in wanted:
                 if layer_index(h.layer, depth) == index:
-                    states.pooled[h] = pool(x, labels, h.pool)
+                    states.pooled[h] = pool(x, here, h.pool)
             for probe in probes:
                 for place, layer in enumerate(probe.layers):
                     if layer_index(layer, depth) == index:
-                        pieces[probe, place] = [row[mask].float() for row, mask in zip(x, labels != IGNORE, strict=True)]
+                        pieces[probe, place] = [row[mask].float() for row, mask in zip(x, here != IGNORE, strict=True)]
         if stop and index == last:
             raise Stop
 
@@ -129,7 +130,7 @@ def catching(
             handle.remove()
     for probe in probes:
         rows = zip(*(pieces[probe, place] for place in range(len(probe.layers))), strict=True)
-        states.energies[probe] = [energies(torch.cat(row, dim=1), probe.bases) for row in rows]
+        states.energies[probe] = [energies(torch.cat([r.to(row[0].device) for r in row], dim=1), probe.bases) for row in rows]
 
 
 def pool(x: torch.Tensor, labels: torch.Tensor, how: Pool) -> torch.Tensor:

@@ -81,12 +81,22 @@ def _file_hash(path: Path, size: int, mtime_ns: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether each process holds a part of it (a `DTensor`, as FSDP2 makes them)."""
+    return hasattr(tensor, "to_local")
+
+
+def _whole(tensor: Any) -> Any:
+    """A tensor with all of its parts, on every process; all must ask at once."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
 def module_stamp(module: torch.nn.Module) -> tuple[Any, ...]:
     """A cheap stamp of a module's weights that changes when they are replaced or written in place.
 
     Writes through `.data` do not count up a tensor's version, so a few entries of each tensor are looked at too.
     """
-    tensors = list(module.state_dict(keep_vars=True).values())
+    tensors = [t.to_local() if is_sharded(t) else t for t in module.state_dict(keep_vars=True).values()]
     looked_at = [t.detach().flatten()[:: max(1, t.numel() // 16)].float().cpu().numpy().tobytes() for t in tensors]
     return tuple((t.data_ptr(), t._version, sample) for t, sample in zip(tensors, looked_at, strict=True))
 
@@ -101,7 +111,7 @@ def module_source(module: torch.nn.Module) -> Source:
         digest.update(config.to_json_string(use_diff=False).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+        digest.update(_whole(tensor.detach()).contiguous().cpu().flatten().view(torch.uint8).numpy().data)
     return Source("loaded", type(module).__name__, digest.hexdigest())
 
 
@@ -114,7 +124,7 @@ def weights_fingerprint(module: torch.nn.Module) -> str:
 
     digest = hashlib.sha256()
     for name, p in sorted(module.named_parameters()):
-        entries = p.detach().flatten()[:: max(1, p.numel() // 4096)].to(torch.bfloat16).cpu()
+        entries = _whole(p.detach()).flatten()[:: max(1, p.numel() // 4096)].to(torch.bfloat16).cpu()
         digest.update(f"{name}{tuple(p.shape)}".encode())
         digest.update(entries.contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -16,6 +16,9 @@ from .identity import Source, module_stamp, resolve
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
+# The device that stands for all of them: layers are spread over the GPUs by `device_map="auto"`.
+SPREAD = "auto"
+
 # Loaded models and tokenizers by fingerprint: a scorer that was built from them finds them here after unpickling in the
 # same process or in a fork of it. Weak: the registry must not keep a model alive.
 _LOADED: WeakValueDictionary[str, Any] = WeakValueDictionary()
@@ -113,7 +116,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: str | None) -> str:
         return name
     if name != "auto":
         raise InputError(f"dtype must be 'auto', {', '.join(map(repr, DTYPES))}, got {dtype!r}")
-    kind = torch.device(device or default_device()).type
+    kind = torch.device(default_device() if device in (None, SPREAD) else device).type
     if kind == "cuda":
         return "bfloat16"
     if kind == "cpu":
@@ -124,7 +127,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: str | None) -> str:
 
 
 def load(spec: ModelSpec, device: str) -> tuple[Any, Any]:
-    """The model, on `device` and in evaluation mode unless it was given loaded, and its tokenizer.
+    """The model, on `device` (or over all of them, `SPREAD`) and in evaluation mode unless it was given loaded, and its tokenizer.
 
     Raises:
         InputError: not a causal language model, damaged or incomplete weights, an adapter that does not fit.
@@ -132,10 +135,26 @@ def load(spec: ModelSpec, device: str) -> tuple[Any, Any]:
     tokenizer = load_tokenizer(spec)
     if spec.model.kind == "loaded":
         return registered(spec.model), tokenizer
-    model = _load_model(spec)
+    spread = device == SPREAD
+    model = _load_model(spec, spread)
     if spec.adapter is not None:
         model = _merge_adapter(model, spec.adapter)
-    return model.to(device).eval(), tokenizer
+    return (model if spread else model.to(device)).eval(), tokenizer
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model takes its token ids: one that is spread over devices has its embedding there.
+
+    Raises:
+        InputError: weights stay on disk or in another memory between calls.
+    """
+    if away := sorted(name for name, p in model.named_parameters() if p.device.type == "meta"):
+        raise InputError(
+            f"{len(away)} of the model's weights are offloaded ({away[0]!r} among them): score on devices that hold all of it, "
+            "or spread it over processes with FSDP2"
+        )
+    device: torch.device = model.get_input_embeddings().weight.device
+    return device
 
 
 def check_lm_head(model: Any) -> None:
@@ -183,13 +202,13 @@ def load_config(spec: ModelSpec) -> Any:
         raise InputError(f"cannot read the configuration of {spec.model.name!r}: {first_line(error)}") from None
 
 
-def _load_model(spec: ModelSpec) -> Any:
+def _load_model(spec: ModelSpec, spread: bool) -> Any:
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    options: dict[str, Any] = {"use_safetensors": True}
+    options: dict[str, Any] = {"use_safetensors": True, **({"device_map": SPREAD} if spread else {})}
     if spec.gguf_file:
         # Without dequantize the weights may stay in GGUF blocks, which have no gradients.
-        options = {"gguf_file": spec.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+        options |= {"gguf_file": spec.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **_from(spec.model), dtype=DTYPES[spec.dtype], output_loading_info=True, **options

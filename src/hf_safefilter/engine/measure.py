@@ -47,7 +47,7 @@ class Visitor(ABC):
             return
         parts = [(slice(i, i + 1), s) for i, s in enumerate(self.targets.slices())] if layer.head else []
         for rows, tokens in parts or [(self.every_row, slice(None))]:
-            self.positions = self.targets.position[tokens] if layer.head else None
+            self.positions = self.targets.position[tokens].to(d.device) if layer.head else None
             part_a, part_d = a[:, tokens], d[:, tokens]
             if layer.weight is not None and layer.kind == "norm":
                 self.norm(layer.weight, rows, layer.normalised(part_a), part_d)
@@ -156,7 +156,7 @@ class Measurement(Visitor):
 
     def head_at_ids(self, rows: slice, a: torch.Tensor, d: torch.Tensor) -> None:
         """See `Visitor`."""
-        ids = self.batch.input_ids
+        ids = self.batch.input_ids.to(a.device)
         if self._head_at_ids is None:
             self._head_at_ids = a.new_zeros(*ids.shape, a.shape[2])
         self._head_at_ids[rows] = ghost.tied_rows(ids[rows], a, d)
@@ -194,6 +194,7 @@ class Accumulation(Visitor):
         """See `Visitor`."""
         values = self._values(unit)
         weights = self.weights[:, rows]
+        weights = weights.to(d.device)
         involved = weights.any(dim=1).nonzero().flatten().tolist()  # an anchor is on one side, and the others' are large
         for piece, g in _pieces(a, d):
             for k in involved:
@@ -201,9 +202,9 @@ class Accumulation(Visitor):
 
     def vector(self, unit: str, rows: slice, g: torch.Tensor) -> None:
         """See `Visitor`."""
-        self._values(unit).addmm_(self.weights[:, rows].to(g.dtype), g)
+        self._values(unit).addmm_(self.weights[:, rows].to(g), g)
 
     def lookup(self, unit: str, ids: torch.Tensor, d: torch.Tensor, *, tied: bool) -> None:
         """See `Visitor`."""
-        for values, weight in zip(self._values(unit), self.weights.to(ghost.accumulator(d.dtype)), strict=True):
+        for values, weight in zip(self._values(unit), self.weights.to(d.device, ghost.accumulator(d.dtype)), strict=True):
             values.index_add_(0, ids.flatten(), (weight[:, None, None] * d).flatten(0, 1))

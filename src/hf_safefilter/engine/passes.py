@@ -18,8 +18,9 @@ from .batching import collate, default_batch_tokens, micro_batches
 from .directions import Directions
 from .ghost import accumulator
 from .hidden import Hidden, Probe, States, catching
+from .identity import is_sharded
 from .layers import Layer, check_parameters, find_layers, trainable, units
-from .loading import context_length
+from .loading import context_length, input_device
 from .margin import MARGIN, MARGIN_ADAM, margin_directions
 from .measure import Accumulation, Measurement, Visitor, together
 
@@ -129,7 +130,9 @@ class Engine:
         energy: float = 1.0,
     ) -> None:
         self.model = model
-        self.device = next(model.parameters()).device
+        # FSDP2 gathers a model's weights when the whole of it is called, and no part of it can be called alone.
+        self._sharded = any(is_sharded(p) for p in model.parameters())
+        self.device = input_device(model)
         self.batch_tokens = batch_tokens or default_batch_tokens(self.device, trainable(model)[0].dtype)
         # Anchors are fitted in the same micro-batches whatever rows are scored in, unless memory is short.
         self._anchor_tokens = min(_ANCHOR_TOKENS, batch_tokens or _ANCHOR_TOKENS)
@@ -145,6 +148,11 @@ class Engine:
     @cached_property
     def _layers(self) -> list[Layer]:
         return find_layers(self.model, self.parameters)
+
+    @property
+    def units(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters that gradients are taken over, by name."""
+        return dict(units(self._layers))
 
     @property
     def depth(self) -> int:
@@ -189,7 +197,7 @@ class Engine:
                 raise EvaluationError(f"anchor {side}[{bad[0]}] has a gradient of norm {norm}; try dtype='float32'")
         rows = [(side, i) for side, examples in short.items() for i in range(len(examples))]
         names = [*short, *((MARGIN, MARGIN_ADAM) if needs.margin else ())]
-        weights = torch.zeros(len(names), len(rows), dtype=accumulator(trainable(self.model)[0].dtype))
+        weights = torch.zeros(len(names), len(rows), dtype=accumulator(trainable(self.model)[0].dtype), device=self.device)
         for row, (side, i) in enumerate(rows):
             weights[names.index(side), row] = 1 / (norms[side][i] * len(short[side]))
             if needs.margin:
@@ -197,7 +205,7 @@ class Engine:
                 place, sets = (MARGIN, 1) if side == "harmful" else (MARGIN_ADAM, len(short) - 1)
                 weights[names.index(place), row] = 1 / (len(short[side]) * sets)
         layers = self._layers
-        directions = Directions.zeros(names, dict(units(layers)))
+        directions = Directions.zeros(names, self.units)
         examples = [short[side][i] for side, i in rows]
         with frozen(self.model), self._checkpointing():
             for group in progress(micro_batches([len(e.input_ids) for e in examples], tokens)):
@@ -205,7 +213,7 @@ class Engine:
                 targets = Targets.of(batch.labels)
                 backward(
                     self.model, layers, batch, targets,
-                    Accumulation(batch, targets, directions, weights[:, group].to(self.device)),
+                    Accumulation(batch, targets, directions, weights[:, group]),
                 )  # fmt: skip
         if needs.margin:
             margin_directions(directions)
@@ -236,7 +244,7 @@ class Engine:
             for group in progress(groups):
                 batch = collate([examples[i] for i in group], self.device)
                 targets = Targets.of(batch.labels)
-                only_states = not (needs.loss or needs.gradient)
+                only_states = not (needs.loss or needs.gradient or self._sharded)
                 with catching(self.model, needs.hidden, needs.probes, batch.labels, stop=only_states) as states:
                     if needs.gradient:
                         visit = Measurement(batch, targets, reference.directions if needs.directions else None)
@@ -251,7 +259,8 @@ class Engine:
                             lengths = [len(examples[i].input_ids) for i in group]
                             attributed += [t[:n].cpu() for n, t in zip(lengths, terms.terms, strict=True)]
                     else:
-                        with torch.inference_mode():
+                        # FSDP2 gathers weights into buffers that it uses again, which inference mode would spoil.
+                        with torch.no_grad() if self._sharded else torch.inference_mode():
                             if only_states:
                                 self.model.get_decoder()(**inputs(batch, self.model))
                             else:
@@ -266,11 +275,11 @@ class Engine:
         if losses:
             signals.loss, signals.first_loss = rows([x.mean for x in losses]), rows([x.first for x in losses])
         if measured:
-            names = [name for name, _ in units(layers)]
-            signals.squared_norms = rows([torch.stack([m.squares[n] for n in names], dim=1) for m in measured])
+            names = list(self.units)
+            signals.squared_norms = rows([torch.stack([m.squares[n].cpu() for n in names], dim=1) for m in measured])
         if measured and needs.directions:
             assert reference.directions is not None
-            dots = rows([torch.stack([m.dots[n] for n in names], dim=1) for m in measured])  # [rows, units, directions]
+            dots = rows([torch.stack([m.dots[n].cpu() for n in names], dim=1) for m in measured])  # [rows, units, directions]
             signals.attribution = [attributed[i] for i in order.tolist()] if attributed else []
             signals.dots = {name: dots[:, :, k] for k, name in enumerate(reference.directions.names)}
         return signals
