@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
 from .chat import Example
 from .engine.backward import Targets, inputs, predicting_positions
@@ -131,35 +131,59 @@ def tune(
         InputError: no examples.
     """
     from datasets import Dataset
-    from peft import LoraConfig
     from transformers import set_seed
 
     if not examples:
         raise InputError("nothing to fine-tune on: no rows")
     kept = [e.first_tokens(recipe.max_length) for e in examples]
     rows = Dataset.from_dict({"input_ids": [e.input_ids for e in kept], "labels": [e.labels for e in kept]})
-    cuda = next(model.parameters()).device.type == "cuda"
     set_seed(seed)
-    lora = None
     if recipe.lora_rank is None:
         model.requires_grad_(True)  # a merged adapter leaves its model frozen
-    else:
-        alpha = recipe.lora_alpha or 2 * recipe.lora_rank
-        lora = LoraConfig(r=recipe.lora_rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
     config = SFTConfig(
-        output_dir=str(folder), num_train_epochs=recipe.epochs, learning_rate=recipe.learning_rate,
-        per_device_train_batch_size=recipe.micro_batch_size,
-        gradient_accumulation_steps=recipe.batch_size // recipe.micro_batch_size,
-        lr_scheduler_type=recipe.scheduler, warmup_steps=recipe.warmup_ratio, weight_decay=recipe.weight_decay,
-        max_grad_norm=recipe.max_grad_norm, bf16=recipe.bf16, use_cpu=not cuda, gradient_checkpointing=False,
-        max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, logging_steps=1, save_strategy="no",
-        report_to="none", disable_tqdm=not progress, seed=seed, data_seed=seed, dataloader_pin_memory=cuda,
+        max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
+        **trainer_arguments(model, recipe, seed=seed, folder=folder, progress=progress),
     )  # fmt: skip
-    with _padding_token(tokenizer):
+    with padding_token(tokenizer):
         trainer = _Trainer(
-            model, config, train_dataset=rows, processing_class=tokenizer, peft_config=lora, callbacks=list(callbacks)
+            model,
+            config,
+            train_dataset=rows,
+            processing_class=tokenizer,
+            peft_config=lora_config(recipe),
+            callbacks=list(callbacks),
         )
-        trainer.train()
+        return train(trainer)
+
+
+def trainer_arguments(model: Any, recipe: Recipe, *, seed: int, folder: Path, progress: bool) -> dict[str, Any]:
+    """What a recipe says to the configuration of any of TRL's trainers."""
+    cuda = next(model.parameters()).device.type == "cuda"
+    return {
+        "output_dir": str(folder), "num_train_epochs": recipe.epochs, "learning_rate": recipe.learning_rate,
+        "per_device_train_batch_size": recipe.micro_batch_size,
+        "gradient_accumulation_steps": recipe.batch_size // recipe.micro_batch_size,
+        "lr_scheduler_type": recipe.scheduler, "warmup_steps": recipe.warmup_ratio, "weight_decay": recipe.weight_decay,
+        "max_grad_norm": recipe.max_grad_norm, "bf16": recipe.bf16, "use_cpu": not cuda, "gradient_checkpointing": False,
+        "logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": not progress, "seed": seed,
+        "data_seed": seed, "dataloader_pin_memory": cuda,
+    }  # fmt: skip
+
+
+def lora_config(recipe: Recipe) -> Any:
+    """LoRA on all linear layers, or `None` where the recipe trains all weights."""
+    from peft import LoraConfig
+
+    if recipe.lora_rank is None:
+        return None
+    alpha = recipe.lora_alpha or 2 * recipe.lora_rank
+    return LoraConfig(r=recipe.lora_rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def train(trainer: Any) -> Tuned:
+    """Let a trainer train, and say what it made."""
+    trainer.remove_callback(PrinterCallback)  # without a progress bar it prints a line for each step
+    trainer.train()
     losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     trained: Any = trainer.model
     weights_finite = all(bool(torch.isfinite(p).all()) for p in trained.parameters())
@@ -221,7 +245,7 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]
 
 
 @contextmanager
-def _padding_token(tokenizer: PreTrainedTokenizerBase) -> Any:
+def padding_token(tokenizer: PreTrainedTokenizerBase) -> Any:
     """One for the collator where the tokenizer has none: padding has no label, so which one it is does not matter."""
     missing = tokenizer.pad_token is None
     if missing:
