@@ -1,0 +1,214 @@
+"""The whole synthetic study: pre-training, three methods at two learning rates, two harmless controls, and all analyses.
+
+study.json                  what is compared; a resumed run must agree with it
+models/seedN/NAME/          each finished model (safetensors); one that is there is not trained again
+analyses/seedN-NAME.json    each finished analysis; likewise
+TABLE.parquet               tidy tables over all seeds: rates, separation, alignment, gain, groups, shift, attack
+summary.json, *.svg         what follows for each finding, over seeds, and a picture of it (`findings.py`)
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..errors import EvaluationError, InputError
+from ..files import replacing, write_atomically
+from ..tuning import Recipe, Tuned
+from .analyses import alignment_table, cluster_separation, group_table, mlp_inputs, shift_table, update_gain
+from .findings import CONTROLS, JAILBREAKS, TUNED, Row, draw_findings, summarize
+from .synthetic import KINDS, SMALL, SyntheticSetting, make_split, make_tokenizer, soft_token_attack
+from .tuning import LEARNING_RATES, PRETRAINING, SAFETY_TUNING, answer_rates, pretrain, safety_tune
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of everything: the defaults take about half an hour on two cores.
+
+    Args:
+        pretraining, tuning: the recipes; each method's learning rates are put into the latter.
+        pretraining_steps: steps in all epochs together.
+        rows: of safety tuning, half of them safe.
+        prompts: held-out prompts of each kind.
+        moved: how many of these are answered at each point of the shifted update.
+        alphas: those points.
+        radii: of the soft-token attack's balls.
+    """
+
+    pretraining: Recipe = PRETRAINING
+    tuning: Recipe = SAFETY_TUNING
+    pretraining_steps: int = 2500
+    rows: int = 12_800
+    prompts: int = 400
+    moved: int = 100
+    alphas: tuple[float, ...] = (0, 0.25, 0.5, 0.75, 1, 1.1, 1.25, 1.5, 2)
+    radii: tuple[float, ...] = (0.5, 1.0, 2.0)
+    rates: Mapping[str, Mapping[str, float]] = field(default_factory=lambda: LEARNING_RATES)
+
+
+def run_synthetic(
+    out: str | Path,
+    seeds: Sequence[int] = (0, 1, 2),
+    *,
+    setting: SyntheticSetting = SMALL,
+    scale: Scale | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Run what is not there yet, write the tables and figures, and return the summary.
+
+    Args:
+        out: the folder of results; a run that was cut off goes on where it was.
+        seeds: of weights, training rows and their order; the held-out prompts are the same for all.
+        setting: the language and size of model.
+        scale: how much.
+        progress: whether to show a progress bar.
+
+    Raises:
+        InputError: the folder holds another study, or no seeds.
+        EvaluationError: a training diverged.
+    """
+    from tqdm.auto import tqdm
+
+    scale, folder = scale or Scale(), Path(out)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise InputError(f"seeds must be different whole numbers, at least one; got {list(seeds)}")
+    for part in ("models", "analyses"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    _agree(folder / "study.json", {"setting": asdict(setting), "scale": asdict(scale)})
+    tables: dict[str, list[Row]] = {}
+    with tqdm(total=len(seeds) * 2 * (1 + len(CONTROLS) + len(TUNED)), disable=not progress, unit="step") as bar:
+        for seed in seeds:
+            for name, found in _Seed(folder, seed, setting, scale, bar).analyses():
+                for table, rows in found.items():
+                    tables.setdefault(table, []).extend({"seed": seed, "model": name, **row} for row in rows)
+    for table, rows in tables.items():
+        _write_table(folder / f"{table}.parquet", rows)
+    depth = setting.model["num_hidden_layers"]
+    summary = {"seeds": list(seeds), **summarize(tables, depth)}
+    write_atomically(folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+    draw_findings(folder, tables, depth)
+    return summary
+
+
+class _Seed:
+    """One seed's models and analyses, each made once and kept."""
+
+    def __init__(self, folder: Path, seed: int, setting: SyntheticSetting, scale: Scale, bar: Any) -> None:
+        self.folder, self.seed, self.setting, self.scale, self.bar = folder, seed, setting, scale, bar
+        self.tokenizer = make_tokenizer(setting)
+        self.probes = {kind: make_split(kind, scale.prompts, 1, setting) for kind in KINDS if kind != "pretrain"}
+        self.ids = {kind: self.tokenizer(list(split["prompt"]))["input_ids"] for kind, split in self.probes.items()}
+
+    def analyses(self) -> Iterator[tuple[str, dict[str, list[Row]]]]:
+        """The tables of each model by its name."""
+        base = self._model("base", self._pretrained)
+        tuned = {name: self._model(name, partial(self._tuned, base, name)) for name in (*CONTROLS, *TUNED)}
+        controls = {name: tuned[name] for name in CONTROLS}
+        yield "base", self._kept("base", partial(self._of_model, base))
+        for name, model in tuned.items():
+            others = {n: c for n, c in controls.items() if n != name}
+            yield name, self._kept(name, partial(self._of_tuned, base, model, others))
+
+    def _model(self, name: str, make: Callable[[], Tuned]) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        self.bar.set_description(f"seed {self.seed}: {name}")
+        folder = self.folder / "models" / f"seed{self.seed}" / name
+        if not folder.exists():
+            folder.parent.mkdir(exist_ok=True)
+            made = make()
+            if made.problem:
+                raise EvaluationError(f"seed {self.seed}, {name}: {made.problem}")
+            with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+                made.model.save_pretrained(Path(temporary) / name)
+                os.replace(Path(temporary) / name, folder)  # whole or not at all
+        self.bar.update()
+        return AutoModelForCausalLM.from_pretrained(folder)
+
+    def _pretrained(self) -> Tuned:
+        with tempfile.TemporaryDirectory() as scratch:
+            return pretrain(
+                self.setting, seed=self.seed, folder=Path(scratch), steps=self.scale.pretraining_steps,
+                recipe=self.scale.pretraining, progress=False,
+            )  # fmt: skip
+
+    def _tuned(self, base: Any, name: str) -> Tuned:
+        from datasets import concatenate_datasets
+
+        method, _, size = name.partition("-")
+        kinds = {"benign": ("safe", "safe"), "new": ("safe", "new")}.get(name, ("safe", "unsafe"))
+        # Even: the half of the texts that is not held out. Two splits of one kind differ by seed.
+        splits = [make_split(k, self.scale.rows // 2, 100 + 4 * self.seed + 2 * i, self.setting) for i, k in enumerate(kinds)]
+        if name in CONTROLS:
+            method, size = "sft", "medium"
+        recipe = replace(self.scale.tuning, learning_rate=self.scale.rates[method][size])
+        with tempfile.TemporaryDirectory() as scratch:
+            return safety_tune(
+                copy.deepcopy(base), self.tokenizer, concatenate_datasets(splits), method, size, recipe=recipe, seed=self.seed,
+                folder=Path(scratch), progress=False,
+            )  # fmt: skip
+
+    def _kept(self, name: str, make: Callable[[], dict[str, list[Row]]]) -> dict[str, list[Row]]:
+        self.bar.set_description(f"seed {self.seed}: analyses of {name}")
+        path = self.folder / "analyses" / f"seed{self.seed}-{name}.json"
+        if not path.exists():
+            write_atomically(path, json.dumps(make()).encode())
+        self.bar.update()
+        found: dict[str, list[Row]] = json.loads(path.read_text())
+        return found
+
+    def _of_model(self, model: Any) -> dict[str, list[Row]]:
+        activations = [mlp_inputs(model, self.ids[side]) for side in ("safe", "unsafe")]
+        rates = {kind: answer_rates(model, self.tokenizer, split) for kind, split in self.probes.items()}
+        attacks = {
+            radius: soft_token_attack(model, self.tokenizer, self.probes["unsafe"], radius=radius).success
+            for radius in self.scale.radii
+        }
+        return {
+            "rates": [{"kind": kind, "instruct": r.instruct, "null": r.null, "n": r.n} for kind, r in rates.items()],
+            "separation": cluster_separation(*activations),
+            "attack": [{"radius": radius, "success": sum(won) / len(won), "n": len(won)} for radius, won in attacks.items()],
+        }
+
+    def _of_tuned(self, base: Any, tuned: Any, controls: dict[str, Any]) -> dict[str, list[Row]]:
+        safe, unsafe = (mlp_inputs(tuned, self.ids[side]) for side in ("safe", "unsafe"))
+        success = {kind: answer_rates(tuned, self.tokenizer, self.probes[kind]).answered for kind in JAILBREAKS}
+        moved = {kind: split.select(range(self.scale.moved)) for kind, split in self.probes.items()}
+
+        def measure(model: Any) -> dict[str, float]:
+            found = {kind: answer_rates(model, self.tokenizer, split) for kind, split in moved.items()}
+            return {f"{of}_{kind}": getattr(rates, of) for kind, rates in found.items() for of in ("instruct", "null")}
+
+        # The update put onto a model that has learned something harmless meanwhile.
+        carried = shift_table(base, tuned, measure, (1,), ("all",), onto=controls["new"]) if "new" in controls else []
+        return self._of_model(tuned) | {
+            "alignment": alignment_table(base, tuned, controls=controls),
+            "gain": update_gain(base, tuned, safe, unsafe, controls=controls),
+            "groups": group_table(base, tuned, self.ids, success=success),
+            "shift": shift_table(base, tuned, measure, self.scale.alphas) + [row | {"part": "transplanted"} for row in carried],
+        }
+
+
+def _agree(path: Path, description: dict[str, Any]) -> None:
+    """Write what the study is, or check that it is the one that is there."""
+    text = json.dumps(description, indent=1, sort_keys=True) + "\n"
+    if not path.exists():
+        write_atomically(path, text.encode())
+    elif path.read_text("utf-8") != text:
+        raise InputError(f"{path.parent} holds another study (see {path.name}); use another folder")
+
+
+def _write_table(path: Path, rows: Sequence[Row]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with replacing(path) as temporary:
+        pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), temporary)
