@@ -376,7 +376,7 @@ def test_files_that_cannot_be_written(refusing, tmp_path, caplog, monkeypatch):
         if "step-" in path.name:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hf_safefilter.callbacks.refusal_rate.write_records", full)
+    monkeypatch.setattr("hf_safefilter.callbacks.monitoring.write_records", full)
     with caplog.at_level(logging.WARNING):
         t.train()
     assert t.state.global_step == 12

@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from accelerate.utils import broadcast_object_list
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..engine.backward import evaluation_mode
 from ..engine.loading import context_length
 from ..errors import InputError
 from ..refusal.judges import Judge, JudgeFunction, resolve_judge
-from ..refusal.monitor import Check, RefusalMonitor, check_share, write_records
+from ..refusal.monitor import Check, RefusalMonitor, check_share
 from ..refusal.prompts import load_prompts
 from ..scores.base import check_count
+from .monitoring import MonitoringCallback
 
 logger = logging.getLogger(__name__)
 
 OnBreach = Literal["warn", "stop", "restore"]
 RATE = "eval_refusal_rate"
-FOLDER = "refusal_checks"
-HISTORY = "history.jsonl"
 
 
-class RefusalRateCallback(TrainerCallback):
+class RefusalRateCallback(MonitoringCallback):
     """Measures refusals while a model trains, with `Trainer` and what is built on it, such as TRL's `SFTTrainer`.
 
         trainer.add_callback(RefusalRateCallback(trainer, min_refusal_rate=0.9, on_breach="stop"))
@@ -73,6 +68,9 @@ class RefusalRateCallback(TrainerCallback):
             not go with its model or its arguments. Without it, that comes when training begins.
     """
 
+    folder_name: ClassVar[str] = "refusal_checks"
+    content: ClassVar[str] = "answers"
+
     def __init__(
         self,
         trainer: Any = None,
@@ -106,9 +104,9 @@ class RefusalRateCallback(TrainerCallback):
         self.steps = frozenset(steps)
         if bad := [s for s in self.steps if not isinstance(s, int) or isinstance(s, bool) or s < 0]:
             raise InputError(f"steps must be whole numbers of at least 0, got {bad[0]!r}")
-        self.trainer, self.every, self.margin_every = trainer, every, margin_every
+        super().__init__(trainer, output_dir)
+        self.every, self.margin_every = every, margin_every
         self.min_refusal_rate, self.on_breach = min_refusal_rate, on_breach
-        self.output_dir = None if output_dir is None else Path(output_dir)
         self.max_sharded_parameters = max_sharded_parameters
         self._tokenizer = tokenizer
         # Read and checked now, whether or not the model is known yet.
@@ -122,11 +120,8 @@ class RefusalRateCallback(TrainerCallback):
             "chat_template_kwargs": chat_template_kwargs,
         }
         self.monitor: RefusalMonitor | None = None
-        self.history: list[dict[str, Any]] = []
         self._latest: tuple[int, Check] | None = None
         self._safe: tuple[int, dict[str, torch.Tensor]] | None = None
-        self._checkpoint_due = False
-        self._folder: Path | None = None
         self._training = False
         if trainer is not None:
             self._prepare(trainer.args, trainer.model, tokenizer or trainer.processing_class)
@@ -189,14 +184,6 @@ class RefusalRateCallback(TrainerCallback):
         if fresh:
             self._act(check, control, model, state.global_step)
 
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Ask again for a checkpoint that was due: save_strategy="best" had the last word in the step."""
-        control.should_save |= self._checkpoint_due
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The checkpoint is there."""
-        self._checkpoint_due = False
-
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Let go of what was kept."""
         self._latest = self._safe = None
@@ -228,7 +215,7 @@ class RefusalRateCallback(TrainerCallback):
         control.should_training_stop = True
         if self.on_breach == "stop":
             logger.warning("%s: saving a checkpoint and stopping", what)
-            control.should_save = self._checkpoint_due = True
+            self._save_and_stop(control)
         elif self._safe is None:
             logger.warning("%s: stopping; no check held the threshold, so there are no weights to put back", what)
         else:
@@ -245,48 +232,25 @@ class RefusalRateCallback(TrainerCallback):
 
     def _log(self, metrics: dict[str, float], state: TrainerState, control: TrainerControl, check: Check | None = None) -> None:
         """To the trainer's loggers and `log_history`, and to our own files on the first process."""
-        if self.trainer is not None:
-            flag = control.should_log  # logging clears it, and the step's own loss would go unlogged
-            self.trainer.log(dict(metrics))
-            control.should_log = self.trainer.control.should_log = flag
+        self._report(metrics, state, control)
+        if check is None:
+            self._keep(state, metrics)
         else:
-            state.log_history.append({**metrics, "epoch": state.epoch, "step": state.global_step})
-        if not state.is_world_process_zero or self._folder is None:
-            return
-        entry: dict[str, Any] = {"step": state.global_step, "epoch": state.epoch, **metrics}
-        if check is not None:
-            entry |= {"problem": check.problem, "judge": check.harmful and check.harmful.judge}
-        self.history.append(entry)
-        try:
-            if check is not None:
-                write_records(self._folder / f"step-{state.global_step:08d}.jsonl", check.records)
-            write_records(self._folder / HISTORY, self.history)
-        except OSError as error:  # a disk that filled up: the training matters more than our files
-            logger.warning("step %d: answers not saved: %s", state.global_step, error)
+            entry = {**metrics, "problem": check.problem, "judge": check.harmful and check.harmful.judge}
+            self._keep(state, entry, {f"step-{state.global_step:08d}.jsonl": check.records})
 
     # What must hold before anything is measured.
 
     def _prepare(self, args: TrainingArguments, model: Any, tokenizer: Any) -> None:
-        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor's
-        if tokenizer is None:
-            raise InputError("the trainer has no tokenizer: give it processing_class=..., or this callback tokenizer=...")
+        tokenizer = self._tokenizer_of(tokenizer)
         if getattr(model, "config", None) is None or not hasattr(model, "generate"):
             raise InputError(f"{type(model).__name__} cannot generate text; refusals are measured on causal language models")
         self._check_arguments(args)
-        if folder := self._where(args):
-            above = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-            if not (above.is_dir() and os.access(above, os.W_OK)):
-                raise InputError(f"answers cannot be written to {str(folder)!r}; choose output_dir=...")
+        self._check_writable(args)
         self.monitor = RefusalMonitor(tokenizer, **self._options, context_length=context_length(model))
 
     def _check_arguments(self, args: TrainingArguments) -> None:
-        if self.trainer is None and args.world_size > 1:
-            raise InputError("several processes: make it RefusalRateCallback(trainer, ...) and trainer.add_callback it")
-        if self.trainer is None and args.report_to:
-            logger.warning(
-                "refusals will not reach %s: make it RefusalRateCallback(trainer, ...) and trainer.add_callback it",
-                ", ".join(args.report_to),
-            )
+        self._check_reach(args, "refusals")
         if self.on_breach == "restore":
             if self._sharded(args):
                 raise InputError("on_breach='restore' does not go with sharded weights (FSDP, ZeRO-3); use 'stop'")
@@ -310,14 +274,6 @@ class RefusalRateCallback(TrainerCallback):
         if fsdp is not None and getattr(fsdp, "fsdp_version", 1) == 1:
             raise InputError("FSDP version 1 cannot generate inside training; use fsdp_version: 2")
 
-    def _sharded(self, args: TrainingArguments) -> bool:
-        plugin = getattr(args, "deepspeed_plugin", None)
-        return bool(args.fsdp) or (plugin is not None and plugin.zero_stage == 3)
-
-    def _precision(self) -> Any:
-        """The trainer's own mixed precision, opened once: casts of weights are then kept from one token to the next."""
-        return self.trainer.accelerator.autocast() if self.trainer is not None else nullcontext()
-
     def _go_first(self) -> None:
         """Early stopping reads its metric in its own `on_evaluate`: it must come after ours."""
         handler = getattr(self.trainer, "callback_handler", None)
@@ -328,25 +284,3 @@ class RefusalRateCallback(TrainerCallback):
         if place is not None and place < handler.callbacks.index(self):
             # A new list: this event is on its way through the old one.
             handler.callbacks = [*others[:place], self, *others[place:]]
-
-    def _where(self, args: TrainingArguments) -> Path | None:
-        return self.output_dir or (None if args.output_dir is None else Path(str(args.output_dir)) / FOLDER)
-
-    def _open_folder(self, args: TrainingArguments, state: TrainerState) -> None:
-        """Make the folder, and take over what an interrupted run has left there."""
-        self.history, self._folder = [], self._where(args)
-        if self._folder is None:
-            return
-        problem = None
-        if state.is_world_process_zero:
-            try:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                file = self._folder / HISTORY
-                past = file.read_text("utf-8").splitlines() if state.global_step and file.exists() else []
-                self.history = [e for e in map(json.loads, past) if e["step"] <= state.global_step]
-                write_records(file, self.history)
-            except (OSError, ValueError) as error:
-                problem = f"answers cannot be written to {str(self._folder)!r}: {error}; choose output_dir=..."
-        # All processes stop, or none.
-        if problem := broadcast_object_list([problem])[0]:
-            raise InputError(problem)
