@@ -30,7 +30,7 @@ def mlp_of(block: nn.Module) -> nn.Module:
     raise InputError(f"{type(block).__name__} has no MLP by a known name; geometry is measured on models with one")
 
 
-def readers(mlp: nn.Module) -> list[nn.Module]:
+def readers(mlp: nn.Module) -> list[Any]:
     """The linear layers that read the MLP's input (`gate_proj` and `up_proj`, or `c_fc`), as peft wraps them or plain.
 
     Raises:

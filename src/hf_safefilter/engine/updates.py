@@ -68,6 +68,14 @@ class Update:
         return math.sqrt(max(0.0, float(((left.T @ left) * (right @ right.T)).sum())))
 
 
+def relative_change(of_layer: Sequence[Update], x: torch.Tensor) -> torch.Tensor:
+    """|dW x| / |W x| [rows] of the layer's matrices, one above the other, at MLP inputs x [rows, in]."""
+    x = x.float()
+    moved = torch.stack([u.apply(x.to(u.base.device)).double().square().sum(dim=1).cpu() for u in of_layer]).sum(dim=0)
+    whole = torch.stack([(x.to(u.base.device) @ u.base.T).double().square().sum(dim=1).cpu() for u in of_layer]).sum(dim=0)
+    return (moved / whole.clamp(min=1e-300)).sqrt()
+
+
 def thin_svd(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Left singular vectors [m, rank], values [rank] in descending order and right vectors [n, rank] of x [m, n], in float64.
 
@@ -296,7 +304,7 @@ def _places(model: Any) -> dict[str, tuple[int, frozenset[str]]]:
     return found
 
 
-def _readers(mlp: nn.Module) -> list[nn.Module]:
+def _readers(mlp: nn.Module) -> list[Any]:
     try:
         return readers(mlp)
     except InputError:  # a mixture of experts: its other parts can still be looked at

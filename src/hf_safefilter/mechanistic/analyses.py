@@ -36,7 +36,7 @@ from ..engine.clusters import (
     wins,
 )
 from ..engine.mlp import mlp_inputs
-from ..engine.updates import Update, shift_table, shifted, thin_svd, updates
+from ..engine.updates import Update, relative_change, shift_table, shifted, thin_svd, updates
 from ..errors import InputError
 
 __all__ = [
@@ -146,14 +146,6 @@ def alignment_table(
                 }  # fmt: skip
                 rows.append(row)
     return rows
-
-
-def relative_change(of_layer: Sequence[Update], x: torch.Tensor) -> torch.Tensor:
-    """|dW x| / |W x| [rows] of the layer's matrices, one above the other, at MLP inputs x [rows, in]."""
-    x = x.float()
-    moved = torch.stack([u.apply(x.to(u.base.device)).double().square().sum(dim=1).cpu() for u in of_layer]).sum(dim=0)
-    whole = torch.stack([(x.to(u.base.device) @ u.base.T).double().square().sum(dim=1).cpu() for u in of_layer]).sum(dim=0)
-    return (moved / whole.clamp(min=1e-300)).sqrt()
 
 
 def update_gain(
