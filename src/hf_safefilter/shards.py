@@ -29,11 +29,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from .errors import EvaluationError, InputError, first_line
-from .files import replacing, write_atomically
+from .files import write_atomically
+from .pieces import ROW_INDEX, is_whole, read_piece, row_groups, rows_in_a_call, score_piece, tidy, write_piece
 from .reference import DESCRIPTION, Description
 from .shard_plan import PLAN_FILE, Plan, agree, identity, read_plan
 
@@ -43,11 +43,6 @@ if TYPE_CHECKING:
     from .scorer import SafetyRiskScorer
 
 logger = logging.getLogger(__name__)
-
-ROW_INDEX = "row_index"
-_PIECE = b"hf_safefilter.piece"
-# Rows in a call of the scorer; see `hf-safefilter score`.
-_CALL_GRADIENT, _CALL = 64, 256
 
 
 @dataclass(frozen=True)
@@ -97,7 +92,7 @@ class ShardedRun:
         for part in ("", "work", "shards", "records", "locks"):
             (folder / part).mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "locks" / "plan.lock"):
-            _tidy(folder, PLAN_FILE)
+            tidy(folder, PLAN_FILE)
             if (folder / PLAN_FILE).exists():
                 agree(read_plan(folder), plan, folder)
             else:
@@ -120,7 +115,7 @@ class ShardedRun:
             lock.acquire()
         try:
             if not (folder / DESCRIPTION).is_file():
-                _tidy(folder)
+                tidy(folder)
                 owner.write_text(_who())
                 scorer.save_reference(folder, rank)
                 close_sessions()  # what was fitted is read back, like everywhere else
@@ -168,14 +163,15 @@ class ShardedRun:
         folder = self._work(shard)
         folder.mkdir(exist_ok=True)
         target = self._file(shard)
-        _tidy(folder)
-        _tidy(target.parent, target.name)
-        _tidy(self.folder / "records", self._record(shard).name)
-        scored_here = 0
+        tidy(folder)
+        tidy(target.parent, target.name)
+        tidy(self.folder / "records", self._record(shard).name)
+        rows, call, scored_here = ds.with_format("arrow"), rows_in_a_call(scorer), 0
         for start, stop in self.plan.pieces(shard):
             path = folder / f"{start:012d}.parquet"
-            if not self._is_whole(path, start, stop):
-                self._write([self._piece(ds, scorer, start, stop, rank)], path, start, stop)
+            if not is_whole(path, self._mark(start, stop), stop - start):
+                calls = (rows[at : min(at + call, stop)] for at in range(start, stop, call))
+                write_piece([score_piece(calls, scorer, start, rank)], path, self._mark(start, stop))
                 scored_here += stop - start
             progress(stop - start)
         start, stop = self.plan.range(shard)
@@ -187,13 +183,13 @@ class ShardedRun:
         def tables() -> Iterator[pa.Table]:
             nonlocal tokens
             for path in files:
-                table = _read(path)
+                table = read_piece(path)
                 tokens += sum(n or 0 for n in table["total_tokens"].to_pylist())
                 pairs = zip(table[first].to_pylist(), table["risk_status"].to_pylist(), strict=True)
                 unscored.update(why for value, why in pairs if value is None)
                 yield table
 
-        digest = self._write(tables(), target, start, stop)
+        digest = write_piece(tables(), target, self._mark(start, stop))
         record = {
             "shard": shard, "start": start, "stop": stop, "rows": stop - start, "tokens": tokens,
             "unscored": dict(unscored.most_common()), "plan": self.plan.fingerprint, "data": self.plan.data, "sha256": digest,
@@ -202,37 +198,8 @@ class ShardedRun:
         write_atomically(self._record(shard), (json.dumps(record, indent=1) + "\n").encode("utf-8", "backslashreplace"))
         shutil.rmtree(folder, ignore_errors=True)
 
-    def _piece(self, ds: Dataset, scorer: SafetyRiskScorer, start: int, stop: int, rank: int | None) -> pa.Table:
-        """Rows `start` to `stop` with their scores and places."""
-        call = _CALL_GRADIENT if scorer.needs.gradient else _CALL
-        rows = ds.with_format("arrow")
-        scored = pa.concat_tables([scorer(rows[at : min(at + call, stop)], rank) for at in range(start, stop, call)])
-        return scored.append_column(ROW_INDEX, pa.array(range(start, stop), pa.int64()))
-
-    def _write(self, tables: Sequence[pa.Table] | Iterator[pa.Table], path: Path, start: int, stop: int) -> str:
-        """Write tables as one file with checksums; returns its SHA-256."""
-        with replacing(path) as temporary:
-            writer = None
-            for table in tables:
-                if writer is None:
-                    schema = _described(table).with_metadata({**_described(table).metadata, _PIECE: self._mark(start, stop)})
-                    writer = pq.ParquetWriter(temporary, schema, write_page_checksum=True)
-                writer.write_table(table.cast(schema))
-            if writer is not None:
-                writer.close()
-            with temporary.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-
-    def _is_whole(self, path: Path, start: int, stop: int) -> bool:
-        """Whether the piece is there and is these rows of this plan; a damaged one is as good as none."""
-        try:
-            table = _read(path)
-        except (OSError, pa.ArrowInvalid):
-            return False
-        return (table.schema.metadata or {}).get(_PIECE) == self._mark(start, stop) and len(table) == stop - start
-
-    def _mark(self, start: int, stop: int) -> bytes:
-        return f"{self.plan.fingerprint} {start} {stop}".encode()
+    def _mark(self, start: int, stop: int) -> str:
+        return f"{self.plan.fingerprint} {start} {stop}"
 
     @contextmanager
     def _claimed(self, shard: int) -> Iterator[Held | None]:
@@ -283,22 +250,20 @@ def merge(folder: str | Path, out: Path) -> dict[str, Any]:
         )
     records = [_checked_record(run, shard) for shard in range(plan.num_shards)]
     out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out) as temporary:
-        writer = None
+    columns: list[str] = []
+
+    def tables() -> Iterator[pa.Table]:
         for record in records:
             at = record["start"]
-            for table in _groups(run._file(record["shard"])):
+            for table in row_groups(run._file(record["shard"])):
                 if table[ROW_INDEX].to_pylist() != list(range(at, at := at + len(table))):
                     raise _damaged(run, record["shard"], "its rows are not those of its place")
-                if writer is None:
-                    metadata = {k: v for k, v in (table.schema.metadata or {}).items() if k != _PIECE}
-                    schema = table.schema.with_metadata(metadata)
-                    writer = pq.ParquetWriter(temporary, schema, write_page_checksum=True)
-                writer.write_table(table.cast(schema))
+                columns[:] = columns or table.column_names
+                yield table
             if at != record["stop"]:
                 raise _damaged(run, record["shard"], "rows are missing at its end")
-        if writer is not None:
-            writer.close()
+
+    write_piece(tables(), out, mark="")
     unscored: Counter[str] = Counter()
     for record in records:
         unscored.update(record["unscored"])
@@ -306,7 +271,7 @@ def merge(folder: str | Path, out: Path) -> dict[str, Any]:
         "data": plan.name, "data_on_hub": plan.on_hub, "rows": plan.rows, "scored": plan.rows - unscored.total(),
         "unscored": dict(unscored.most_common()),
         "tokens": sum(r["tokens"] for r in records), "seconds": round(sum(r["seconds"] for r in records), 2),
-        "score_columns": [n for n in schema.names if n.startswith("risk_") and n != "risk_status"],
+        "score_columns": [n for n in columns if n.startswith("risk_") and n != "risk_status"],
         **plan.scorer, "fingerprint": plan.fingerprint, "shards": plan.num_shards,
     }  # fmt: skip
 
@@ -330,31 +295,6 @@ def _checked_record(run: ShardedRun, shard: int) -> dict[str, Any]:
 
 def _damaged(run: ShardedRun, shard: int, why: str) -> EvaluationError:
     return EvaluationError(f"shard {shard} is damaged: {why}; delete {run._record(shard)} and run the same score command again")
-
-
-def _described(table: pa.Table) -> pa.Schema:
-    """The table's schema, which `datasets` reads back with the types that it has here."""
-    from datasets import Features
-
-    schema: pa.Schema = Features.from_arrow_schema(table.schema).arrow_schema
-    return pa.schema(table.schema, metadata=schema.metadata)
-
-
-def _tidy(folder: Path, name: str = "") -> None:
-    """Remove what a worker left that was killed while it wrote (this file); call it under the lock of those files."""
-    for left in folder.glob(f".{name}*.tmp"):
-        left.unlink(missing_ok=True)
-
-
-def _read(path: Path) -> pa.Table:
-    return pq.read_table(path, page_checksum_verification=True, memory_map=False, partitioning=None)
-
-
-def _groups(path: Path) -> Iterator[pa.Table]:
-    """A file's row groups one by one: a shard may be larger than memory."""
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
-        for i in range(file.num_row_groups):
-            yield file.read_row_group(i)
 
 
 def _read_text(path: Path) -> str:
