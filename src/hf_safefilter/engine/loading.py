@@ -127,7 +127,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: str | None) -> str:
 
 
 def load(spec: ModelSpec, device: str) -> tuple[Any, Any]:
-    """The model, on `device` (or over all of them, `SPREAD`) and in evaluation mode unless it was given loaded, and its tokenizer.
+    """The model, on `device` (`SPREAD`: all) and in evaluation mode unless it was given loaded, and its tokenizer.
 
     Raises:
         InputError: not a causal language model, damaged or incomplete weights, an adapter that does not fit.
@@ -231,6 +231,18 @@ def _load_model(spec: ModelSpec, spread: bool) -> Any:
 
 
 def _merge_adapter(model: Any, adapter: Source) -> Any:
+    try:
+        return attach_adapter(model, adapter).merge_and_unload()
+    except _LOAD_ERRORS as error:
+        raise InputError(f"the adapter {adapter.name!r} does not fit the model: {first_line(error)}") from None
+
+
+def attach_adapter(model: Any, adapter: Source) -> Any:
+    """The model, changed, as a `PeftModel` in evaluation mode with this adapter on top.
+
+    Raises:
+        InputError: the adapter cannot be downloaded, has pickled weights only, or does not fit.
+    """
     from huggingface_hub import snapshot_download
     from peft import PeftModel
 
@@ -244,10 +256,10 @@ def _merge_adapter(model: Any, adapter: Source) -> Any:
     if not (folder / "adapter_model.safetensors").is_file():
         raise InputError(f"the adapter {adapter.name!r} has no adapter_model.safetensors (pickled weights are not loaded)")
     try:
-        merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+        attached: Any = PeftModel.from_pretrained(model, str(folder))
     except _LOAD_ERRORS as error:
         raise InputError(f"the adapter {adapter.name!r} does not fit the model: {first_line(error)}") from None
-    return merged
+    return attached.eval()
 
 
 def context_length(model: Any) -> int:

@@ -55,14 +55,10 @@ class Alignment(NamedTuple):
     baseline: float
 
 
-def column_space(base: torch.Tensor, energy: float = 1.0) -> torch.Tensor:
-    """Orthonormal columns [out, rank] that span the columns of base [out, in], or its leading left singular vectors that hold
-    at least `energy` of the squared norm."""
-    left, values, _ = thin_svd(base)
-    if energy < 1:
-        kept = values.square().cumsum(0)
-        left = left[:, : int((kept < energy * kept[-1:]).sum()) + 1]
-    return torch.linalg.qr(left).Q
+def _leading(left: torch.Tensor, values: torch.Tensor, energy: float) -> torch.Tensor:
+    """The leading left singular vectors that hold at least `energy` of the squared norm; with 1, a basis of the column space."""
+    kept = values.square().cumsum(0)
+    return left if energy >= 1 else left[:, : int((kept < energy * kept[-1:]).sum()) + 1]
 
 
 def column_space_alignment(delta: torch.Tensor, base: torch.Tensor, k: int = 8, *, energy: float = 1.0) -> Alignment:
@@ -85,7 +81,8 @@ def column_space_alignment(delta: torch.Tensor, base: torch.Tensor, k: int = 8, 
         raise InputError(f"delta and base must be matrices of one shape, got {list(delta.shape)} and {list(base.shape)}")
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= min(delta.shape):
         raise InputError(f"k must be between 1 and {min(delta.shape)}, the smaller side of the matrix; got {k!r}")
-    return _outside(thin_svd(delta)[0][:, :k], column_space(base, energy))
+    left, values, _ = thin_svd(base)
+    return _outside(thin_svd(delta)[0][:, :k], _leading(left, values, energy))
 
 
 def _outside(vectors: torch.Tensor, basis: torch.Tensor) -> Alignment:
@@ -129,8 +126,9 @@ def alignment_table(
             name: found[i].svd()[:2] for name, found in of.items()
         }
         candidates["random"] = noise.to(weight.base.device), None
+        left, strength, _ = thin_svd(weight.base)
         for basis, energy in (("full", 1.0), ("energy90", 0.9)):
-            q = column_space(weight.base, energy)
+            q = _leading(left, strength, energy)
             for name, (vectors, values) in candidates.items():
                 p, baseline = _outside(vectors[:, :k], q)
                 row: Row = {"layer": weight.layer, "matrix": weight.name, "update": name, "basis": basis, "rank": q.shape[1]}
