@@ -21,10 +21,13 @@ _FORMAT = "hf_safefilter.shards/1"
 
 @dataclass(frozen=True)
 class Plan:
-    """What a folder's shards are of. `data` is a fingerprint of the rows' content, `on_hub` whether `name` is a
-    dataset there, `scorer` all that a score depends on."""
+    """What a folder's shards are of.
 
-    rows: int
+    `rows` is `None` for a stream, `data` a fingerprint of the rows' content, `on_hub` whether `name` is a dataset there,
+    `scorer` all that a score depends on.
+    """
+
+    rows: int | None
     num_shards: int
     piece_rows: int
     data: str
@@ -34,6 +37,7 @@ class Plan:
 
     def range(self, shard: int) -> tuple[int, int]:
         """The shard's rows, from the first to before the last."""
+        assert self.rows is not None, "a stream has no shards"
         return shard * self.rows // self.num_shards, (shard + 1) * self.rows // self.num_shards
 
     def pieces(self, shard: int) -> list[tuple[int, int]]:

@@ -264,11 +264,11 @@ def merge(folder: str | Path, out: Path) -> dict[str, Any]:
                 raise _damaged(run, record["shard"], "rows are missing at its end")
 
     write_piece(tables(), out, mark="")
-    unscored: Counter[str] = Counter()
+    rows, unscored = records[-1]["stop"], Counter[str]()
     for record in records:
         unscored.update(record["unscored"])
     return {
-        "data": plan.name, "data_on_hub": plan.on_hub, "rows": plan.rows, "scored": plan.rows - unscored.total(),
+        "data": plan.name, "data_on_hub": plan.on_hub, "rows": rows, "scored": rows - unscored.total(),
         "unscored": dict(unscored.most_common()),
         "tokens": sum(r["tokens"] for r in records), "seconds": round(sum(r["seconds"] for r in records), 2),
         "score_columns": [n for n in columns if n.startswith("risk_") and n != "risk_status"],

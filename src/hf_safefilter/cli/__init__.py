@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from .._version import __version__
 from ..errors import SafefilterError, readable
-from . import align, choose, demo, estimate, fit, monitor, publish, report, score, shards, validate
+from . import align, choose, demo, estimate, fit, mechanism, monitor, publish, report, score, shards, validate
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     common.add_argument("--json", action="store_true", help="print one JSON object on standard output, for machines")
     common.add_argument("--quiet", action="store_true", help="no progress bars")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    for module in (demo, estimate, score, shards, fit, choose, report, publish, monitor, align, validate):
+    for module in (demo, estimate, score, shards, fit, choose, report, publish, monitor, align, validate, mechanism):
         module.add_commands(commands, common)
     return parser
 

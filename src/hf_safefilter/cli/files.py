@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..accounts import RUN_FILE
 from ..errors import InputError, first_line
@@ -13,7 +13,7 @@ from ..files import replacing
 from .json_files import check_json, check_json_folder
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 SCORED = "scored.parquet"
 # By suffix: the Dataset methods that read and write it.
@@ -29,7 +29,16 @@ def read_rows(data: str, split: str | None = None, *, csv_as_text: bool = False)
     Raises:
         InputError: nothing there, several splits and none chosen, or a file that cannot be read; one line.
     """
-    from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+    return cast("Dataset", _load(data, split, csv_as_text, streaming=False))
+
+
+def stream_rows(data: str, split: str | None = None, *, csv_as_text: bool = False) -> IterableDataset:
+    """The same rows as a stream: read when they are asked for, so that what cannot be read is found then."""
+    return cast("IterableDataset", _load(data, split, csv_as_text, streaming=True))
+
+
+def _load(data: str, split: str | None, csv_as_text: bool, *, streaming: bool) -> Any:
+    from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     path = Path(data)
@@ -46,13 +55,13 @@ def read_rows(data: str, split: str | None = None, *, csv_as_text: bool = False)
             if _READERS[path.suffix] == "from_json":
                 check_json(path)
             options = _as_text(path) if csv_as_text and path.suffix == ".csv" else {}
-            loaded: Any = getattr(Dataset, _READERS[path.suffix])(str(path), **options)
+            loaded: Any = getattr(IterableDataset if streaming else Dataset, _READERS[path.suffix])(str(path), **options)
         elif path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
             loaded = load_from_disk(str(path))
         else:
             if path.is_dir():
                 check_json_folder(path)
-            loaded = load_dataset(data)
+            loaded = load_dataset(data, streaming=streaming)
     except (RecursionError, StopIteration):  # what the readers raise for deep nesting, and for null bytes
         raise InputError(f"{data} cannot be read: it is nested too deeply, or no text") from None
     except DatasetGenerationError as error:
@@ -65,13 +74,17 @@ def read_rows(data: str, split: str | None = None, *, csv_as_text: bool = False)
         if "corresponds to no data" in str(error):  # what `datasets` says of a table without rows
             raise InputError(f"{data} has no rows") from None
         raise InputError(f"{data} cannot be read: {type(error).__name__}: {first_line(error)}") from None
-    if isinstance(loaded, DatasetDict):
+    if isinstance(loaded, DatasetDict | IterableDatasetDict):
         if split is None and len(loaded) > 1 and "train" not in loaded:
             raise InputError(f"{data} has several splits: choose one with --split, of {_listed(loaded)}")
         split = split or ("train" if "train" in loaded else next(iter(loaded)))
         if split not in loaded:
             raise InputError(f"{data} has no split {split!r}; it has {_listed(loaded)}")
         loaded = loaded[split]
+    if streaming and isinstance(loaded, Dataset):
+        if not len(loaded):  # a stream of it cannot be made
+            raise InputError(f"{data} has no rows")
+        loaded = loaded.to_iterable_dataset()
     return loaded
 
 

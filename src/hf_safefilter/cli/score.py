@@ -6,14 +6,14 @@ import argparse
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..accounts import RUN_FILE
 from ..errors import EvaluationError, InputError
-from .files import SCORED, is_on_hub, read_rows, write_rows
+from .files import SCORED, data_fingerprint, is_on_hub, read_rows, stream_rows, write_rows
 from .shards import add_shard_arguments, score_in_shards
 from .show import row_text, table
 
@@ -36,6 +36,7 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     p.add_argument("--out", required=True, type=Path, help="folder for the results")
     add_row_arguments(p)
     add_shard_arguments(p)
+    p.add_argument("--streaming", action="store_true", help="read rows as they come, from the Hub without a download of all")
     p.set_defaults(run=run)
 
 
@@ -121,28 +122,71 @@ def build_scorer(args: argparse.Namespace, scores: Sequence[Any], **options: Any
 def run(args: argparse.Namespace) -> int:
     """Score and save."""
     if args.num_shards is not None or args.shard_index is not None:
+        if args.streaming:
+            raise InputError("a stream has no shards: use --streaming or --num-shards")
         return score_in_shards(args)
+    if args.streaming:
+        return score_as_stream(args)
     rows, scorer = rows_and_scorer(args)
     scored, account = score_and_save(rows, scorer, args.out, data=args.data)
     if args.json:
         print(json.dumps(account))
     else:
         print(riskiest(scored, scorer, 10))
-        print(
-            f"\n{account['scored']} of {account['rows']} rows scored in {account['seconds']:.0f} s; wrote {args.out / SCORED}"
-        )
-        for reason, count in account["unscored"].items():
-            print(f"  {count} without a score: {reason}")
+        print()
+        tell(account, args.out)
     return 0
+
+
+def score_as_stream(args: argparse.Namespace) -> int:
+    """Score rows as they come."""
+    scorer, rows = scorer_of(args), stream_rows(args.data, args.split, csv_as_text=True)
+    rows = rows if args.limit is None else rows.take(args.limit)
+    from datasets.utils import tqdm
+
+    from ..stream import score_stream
+
+    fingerprint = data_fingerprint(args.data, args.split, args.limit)
+    args.out.mkdir(parents=True, exist_ok=True)
+    # Without a total, the bar counts.
+    with tqdm(desc="Scoring, length unknown", unit="row", total=args.limit, disable=True if args.quiet else None) as bar:
+        account = score_stream(
+            rows, scorer, args.out / SCORED, data=fingerprint, name=args.data, on_hub=is_on_hub(args.data),
+            piece_rows=args.piece_rows, progress=bar.update,
+        )  # fmt: skip
+    account = {"command": "score"} | account | settings_of(scorer)
+    write_json(args.out / RUN_FILE, account)
+    if not account["scored"]:
+        raise EvaluationError(
+            f"none of the {account['rows']} rows has a score; reasons are in {args.out / SCORED}, risk_status"
+        )
+    if args.json:
+        print(json.dumps(account))
+    else:
+        tell(account, args.out)
+    return 0
+
+
+def tell(account: Mapping[str, Any], out: Path) -> None:
+    """How many rows have scores, and why others have none."""
+    print(f"{account['scored']} of {account['rows']} rows scored in {account['seconds']:.0f} s; wrote {out / SCORED}")
+    for reason, count in account["unscored"].items():
+        print(f"  {count} without a score: {reason}")
 
 
 def rows_and_scorer(args: argparse.Namespace) -> tuple[Dataset, SafetyRiskScorer]:
     """What the arguments of `add_row_arguments` ask for."""
+    scorer, rows = scorer_of(args), read_rows(args.data, args.split, csv_as_text=True)
+    return rows if args.limit is None else rows.select(range(min(args.limit, len(rows)))), scorer
+
+
+def scorer_of(args: argparse.Namespace) -> SafetyRiskScorer:
+    """The scorer that these arguments ask for; checked before data are read, which takes seconds."""
     if args.limit is not None and args.limit < 1:
         raise InputError(f"--limit must be at least 1, got {args.limit}")
     columns = columns_argument(args.columns)
     scores = chosen_scores(args.scores, args.top_n)  # cheap checks first: reading data and loading libraries take seconds
-    scorer = build_scorer(
+    return build_scorer(
         args,
         scores,
         max_length=args.max_length,
@@ -152,10 +196,6 @@ def rows_and_scorer(args: argparse.Namespace) -> tuple[Dataset, SafetyRiskScorer
         reference=args.reference,
         attribution=args.attribution,
     )
-    rows = read_rows(args.data, args.split, csv_as_text=True)
-    if args.limit is not None:
-        rows = rows.select(range(min(args.limit, len(rows))))
-    return rows, scorer
 
 
 def score_and_save(rows: Dataset, scorer: SafetyRiskScorer, out: Path, *, data: str) -> tuple[Dataset, dict[str, Any]]:
@@ -165,8 +205,6 @@ def score_and_save(rows: Dataset, scorer: SafetyRiskScorer, out: Path, *, data: 
         InputError: no rows, or columns in no known layout.
         EvaluationError: no row could be scored.
     """
-    from ..scorer import OPTIONS
-
     if not len(rows):
         raise InputError(f"{data} has no rows")
     out.mkdir(parents=True, exist_ok=True)
@@ -188,6 +226,18 @@ def score_and_save(rows: Dataset, scorer: SafetyRiskScorer, out: Path, *, data: 
         "tokens": sum(n or 0 for n in scored["total_tokens"][:]),
         "seconds": round(seconds, 2),
         "score_columns": risk,
+    } | settings_of(scorer)
+    write_json(out / RUN_FILE, account)
+    if len(unscored) == len(rows):
+        raise EvaluationError(f"none of the {len(rows)} rows could be scored; the first: {unscored[0]}")
+    return scored, account
+
+
+def settings_of(scorer: SafetyRiskScorer) -> dict[str, Any]:
+    """What a run's account tells of its scorer."""
+    from ..scorer import OPTIONS
+
+    return {
         "model": asdict(scorer.spec),
         "anchors": {"name": scorer.anchors.name, "sha256": scorer.anchors.content_hash},
         "reference": None if scorer.reference is None else scorer.reference.fingerprint,
@@ -196,10 +246,6 @@ def score_and_save(rows: Dataset, scorer: SafetyRiskScorer, out: Path, *, data: 
         "fingerprint": scorer.fingerprint,
         "versions": versions(),
     }
-    write_json(out / RUN_FILE, account)
-    if len(unscored) == len(rows):
-        raise EvaluationError(f"none of the {len(rows)} rows could be scored; the first: {unscored[0]}")
-    return scored, account
 
 
 def riskiest(scored: Dataset, scorer: SafetyRiskScorer, count: int) -> str:
