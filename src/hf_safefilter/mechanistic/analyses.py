@@ -40,9 +40,9 @@ from ..engine.updates import Update, relative_change, shift_table, shifted, thin
 from ..errors import InputError
 
 __all__ = [
-    "Alignment", "Clusters", "alignment_table", "auroc", "cluster_separation", "column_space_alignment", "direction_drift",
-    "group_table", "local_sensitivity", "mlp_inputs", "relative_change", "shift_table", "shifted", "singular_gain",
-    "update_gain", "updates",
+    "Alignment", "Clusters", "Row", "alignment_table", "auroc", "cluster_separation", "column_space_alignment",
+    "direction_drift", "group_table", "local_sensitivity", "mlp_inputs", "relative_change", "shift_table", "shifted",
+    "singular_gain", "update_gain", "updates",
 ]  # fmt: skip
 
 Prompts = Sequence[Sequence[int]]
@@ -56,7 +56,7 @@ class Alignment(NamedTuple):
 
 
 def _leading(left: torch.Tensor, values: torch.Tensor, energy: float) -> torch.Tensor:
-    """The leading left singular vectors that hold at least `energy` of the squared norm; with 1, a basis of the column space."""
+    """The first left singular vectors that hold at least `energy` of the squared norm; with 1, a basis of the column space."""
     kept = values.square().cumsum(0)
     return left if energy >= 1 else left[:, : int((kept < energy * kept[-1:]).sum()) + 1]
 
@@ -79,10 +79,14 @@ def column_space_alignment(delta: torch.Tensor, base: torch.Tensor, k: int = 8, 
     """
     if delta.shape != base.shape or delta.dim() != 2:
         raise InputError(f"delta and base must be matrices of one shape, got {list(delta.shape)} and {list(base.shape)}")
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= min(delta.shape):
-        raise InputError(f"k must be between 1 and {min(delta.shape)}, the smaller side of the matrix; got {k!r}")
+    _check_k(k, delta)
     left, values, _ = thin_svd(base)
     return _outside(thin_svd(delta)[0][:, :k], _leading(left, values, energy))
+
+
+def _check_k(k: Any, delta: torch.Tensor) -> None:
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= min(delta.shape):
+        raise InputError(f"k must be between 1 and {min(delta.shape)}, the smaller side of the matrix; got {k!r}")
 
 
 def _outside(vectors: torch.Tensor, basis: torch.Tensor) -> Alignment:
@@ -119,9 +123,10 @@ def alignment_table(
     of |= {name: updates(base, model, layers, "mlp_in") for name, model in (controls or {}).items()}
     rows: list[Row] = []
     for i, weight in enumerate(of["tuned"]):
+        _check_k(k, weight.base)
         out = weight.base.shape[0]
         # The left singular vectors of a Gaussian matrix are random orthonormal ones, whatever its norm.
-        noise = torch.linalg.qr(torch.randn(out, min(k, *weight.base.shape), generator=generator, dtype=torch.float64)).Q
+        noise = torch.linalg.qr(torch.randn(out, k, generator=generator, dtype=torch.float64)).Q
         candidates: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {
             name: found[i].svd()[:2] for name, found in of.items()
         }
