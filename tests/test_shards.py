@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
@@ -149,9 +150,10 @@ def test_a_piece_that_was_finished_is_not_scored_again(world, tmp_path):
         )
 
 
-def test_two_workers_share_and_do_nothing_twice(world, tmp_path, whole):
+@pytest.mark.parametrize("count", [2, 4])
+def test_workers_share_and_do_nothing_twice(count, world, tmp_path, whole):
     out = tmp_path / "run"
-    workers = [start(world, out) for _ in range(2)]
+    workers = [start(world, out) for _ in range(count)]
     for worker in workers:
         _, errors = worker.communicate(timeout=300)
         assert worker.returncode == 0, errors
@@ -160,14 +162,60 @@ def test_two_workers_share_and_do_nothing_twice(world, tmp_path, whole):
     assert finish(world, out) == whole
 
 
-def test_torchrun_spreads_shards_over_ranks(world, tmp_path, whole):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "hf_safefilter.cli"]
-    done = subprocess.run(
-        [*launch, *world, "--out", str(tmp_path / "run")], env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    # Without GPUs, too, this starts two processes; --cpu starts one.
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"],
+}
+
+
+def launched(launcher: str, world: list[str], out: Path) -> subprocess.Popen:
+    """The command on two ranks."""
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "hf_safefilter.cli", *world, "--out", str(out)]
+    return subprocess.Popen(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_launcher_spreads_shards_over_ranks(launcher, world, tmp_path, whole):
+    process = launched(launcher, world, tmp_path / "run")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
     assert finish(world, tmp_path / "run") == whole
+
+
+def test_a_killed_parent_and_a_killed_rank(world, tmp_path, whole):
+    out = tmp_path / "run"
+    parent = launched("torchrun", world, out)
+    wait_for(out, "0000*.parquet")
+    ranks = psutil.Process(parent.pid).children(recursive=True)
+    assert len(ranks) >= 2
+    parent.kill()  # its ranks go on without it, until one of them is killed, too
+    ranks[0].kill()
+    parent.communicate()
+    psutil.wait_procs(ranks, timeout=120)
+    assert not [r for r in ranks if r.is_running() and r.status() != psutil.STATUS_ZOMBIE], "a rank hangs"
+    assert finish(world, out) == whole
+
+
+def test_a_merge_that_is_killed(world, tmp_path, whole):
+    """At whatever moment: the file is not there, or it is whole; what was left is tidied up by the next."""
+    assert main([*world, "--out", str(tmp_path / "run")]) == 0
+    merged, killed_at = tmp_path / "run.merged.parquet", []
+    command = [sys.executable, "-m", "hf_safefilter.cli", "merge", str(tmp_path / "run"), "-o", str(merged)]
+    for _ in range(4):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        while process.poll() is None and not list(tmp_path.glob(".run.merged*.tmp")):
+            pass
+        process.kill()
+        process.wait()
+        killed_at.append(process.returncode == -signal.SIGKILL)
+        assert not merged.exists() or merged.read_bytes() == whole
+        merged.unlink(missing_ok=True)
+    assert any(killed_at), "every merge was done before it could be killed"
+    assert finish(world, tmp_path / "run") == whole
+    assert not list(tmp_path.glob(".*.tmp"))
 
 
 def test_rows_of_which_none_can_be_scored(world, tmp_path, capsys):

@@ -185,9 +185,9 @@ def test_types_that_change_along_the_stream(tmp_path, model, tokenizer, anchors)
 
 
 def test_an_empty_stream(world, tmp_path, capsys):
-    Dataset.from_dict({"prompt": [], "completion": []}).save_to_disk(str(tmp_path / "none"))
-    assert main([world[0], str(tmp_path / "none"), *world[2:], "--quiet"]) == 1
-    assert "none has no rows" in capsys.readouterr().err
+    Dataset.from_json(world[1]).select([]).to_parquet(str(tmp_path / "none.parquet"))
+    assert main([world[0], str(tmp_path / "none.parquet"), *world[2:], "--quiet"]) == 1
+    assert "none.parquet has no rows" in capsys.readouterr().err
     assert main([*world, "--num-shards", "2"]) == 1
     assert "a stream has no shards" in capsys.readouterr().err
 

@@ -263,7 +263,9 @@ def merge(folder: str | Path, out: Path) -> dict[str, Any]:
             if at != record["stop"]:
                 raise _damaged(run, record["shard"], "rows are missing at its end")
 
-    write_piece(tables(), out, mark="")
+    with FileLock(run.folder / "locks" / "merge.lock"):
+        tidy(out.parent, out.name)
+        write_piece(tables(), out, mark="")
     rows, unscored = records[-1]["stop"], Counter[str]()
     for record in records:
         unscored.update(record["unscored"])
