@@ -473,9 +473,10 @@ def test_two_processes_decide_alike(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert ranks[0]["processes"] == 2
-    for key in ("step", "rates", "margins", "weights"):
+    for key in ("step", "rates", "margins", "geometry", "weights"):
         assert ranks[0][key] == ranks[1][key], key
     assert ranks[0]["rates"]["0"] == 1
+    assert {"0", str(ranks[0]["step"])} <= ranks[0]["geometry"].keys()  # the step that stopped the run is measured
     assert ranks[0]["rates"][str(ranks[0]["step"])] < 0.9
     assert (tmp_path / f"checkpoint-{ranks[0]['step']}").is_dir()
     answers = (tmp_path / "refusal_checks/step-00000000.jsonl").read_text().splitlines()
