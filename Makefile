@@ -3,7 +3,10 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint bench docs clean
+# Where pip-audit asks for known vulnerabilities; a mirror of the registry may have none of it.
+ADVISORIES := https://pypi.org/pypi/jinja2/3.1.6/json
+
+.PHONY: demo test test-slow lint audit bench docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hf-safefilter demo
@@ -18,6 +21,11 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@if $(BIN)/python -c "import urllib.request as u; u.urlopen('$(ADVISORIES)', timeout=10)" 2>/dev/null; \
+	then $(MAKE) audit; else echo "dependencies not audited: $(ADVISORIES) does not answer"; fi
+
+audit: $(VENV)/.installed
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/score_cost.py
