@@ -184,6 +184,8 @@ def train(trainer: Any) -> Tuned:
     """Let a trainer train, and say what it made."""
     trainer.remove_callback(PrinterCallback)  # without a progress bar it prints a line for each step
     trainer.train()
+    # TRL leaves a forward of its own on the instance, bound to it: a deep copy of the model would run the original's weights.
+    getattr(trainer.model, "get_base_model", lambda: trainer.model)().__dict__.pop("forward", None)
     losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     trained: Any = trainer.model
     weights_finite = all(bool(torch.isfinite(p).all()) for p in trained.parameters())

@@ -195,6 +195,7 @@ def draw_findings(folder: Path, tables: Tables, depth: int) -> list[Path]:
         InputError: matplotlib is not installed.
     """
     try:
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InputError("figures need matplotlib: run  pip install 'hf-safefilter[validate]'") from error
@@ -254,7 +255,8 @@ def draw_findings(folder: Path, tables: Tables, depth: int) -> list[Path]:
         figure = Figure(figsize=(8, 4), layout="constrained")
         _curves(figure.add_subplot(), curves, x, y, nothing)
         path = folder / f"{name}.svg"
-        with replacing(path) as temporary:
+        # Without a date and random names, so that equal results give equal files.
+        with replacing(path) as temporary, rc_context({"svg.hashsalt": name}):
             figure.savefig(temporary, format="svg", metadata={"Date": None})
         paths.append(path)
     return paths

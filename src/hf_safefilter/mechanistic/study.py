@@ -25,7 +25,16 @@ from ..tuning import Recipe, Tuned
 from .analyses import alignment_table, cluster_separation, group_table, mlp_inputs, shift_table, update_gain
 from .findings import CONTROLS, JAILBREAKS, TUNED, Row, draw_findings, summarize
 from .synthetic import KINDS, SMALL, SyntheticSetting, make_split, make_tokenizer, soft_token_attack
-from .tuning import LEARNING_RATES, PRETRAINING, SAFETY_TUNING, answer_rates, pretrain, safety_tune
+from .tuning import (
+    LEARNING_RATES,
+    PRETRAINING,
+    PRETRAINING_STEPS,
+    SAFETY_TUNING,
+    AnswerRates,
+    answer_rates,
+    pretrain,
+    safety_tune,
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,8 @@ class Scale:
     """How much of everything: the defaults take about half an hour on two cores.
 
     Args:
-        pretraining, tuning: the recipes; each method's learning rates are put into the latter.
+        pretraining, tuning: the recipes.
+        rates: learning rates that are put into the latter, by size.
         pretraining_steps: steps in all epochs together.
         rows: of safety tuning, half of them safe.
         prompts: held-out prompts of each kind.
@@ -44,13 +54,13 @@ class Scale:
 
     pretraining: Recipe = PRETRAINING
     tuning: Recipe = SAFETY_TUNING
-    pretraining_steps: int = 2500
+    rates: Mapping[str, float] = field(default_factory=lambda: dict(LEARNING_RATES))
+    pretraining_steps: int = PRETRAINING_STEPS
     rows: int = 12_800
     prompts: int = 400
     moved: int = 100
     alphas: tuple[float, ...] = (0, 0.25, 0.5, 0.75, 1, 1.1, 1.25, 1.5, 2)
     radii: tuple[float, ...] = (0.5, 1.0, 2.0)
-    rates: Mapping[str, Mapping[str, float]] = field(default_factory=lambda: LEARNING_RATES)
 
 
 def run_synthetic(
@@ -148,7 +158,7 @@ class _Seed:
         splits = [make_split(k, self.scale.rows // 2, 100 + 4 * self.seed + 2 * i, self.setting) for i, k in enumerate(kinds)]
         if name in CONTROLS:
             method, size = "sft", "medium"
-        recipe = replace(self.scale.tuning, learning_rate=self.scale.rates[method][size])
+        recipe = replace(self.scale.tuning, learning_rate=self.scale.rates[size])
         with tempfile.TemporaryDirectory() as scratch:
             return safety_tune(
                 copy.deepcopy(base), self.tokenizer, concatenate_datasets(splits), method, size, recipe=recipe, seed=self.seed,
@@ -164,34 +174,40 @@ class _Seed:
         found: dict[str, list[Row]] = json.loads(path.read_text())
         return found
 
+    def _rates(self, model: Any, count: int) -> dict[str, AnswerRates]:
+        """Of the first prompts of each kind, answered together: a short batch takes as long as a full one."""
+        from datasets import concatenate_datasets
+
+        found = answer_rates(model, self.tokenizer, concatenate_datasets([s.take(count) for s in self.probes.values()]))
+        parts = {kind: slice(i * count, (i + 1) * count) for i, kind in enumerate(self.probes)}
+        return {kind: AnswerRates(found.answered[part], found.refused[part]) for kind, part in parts.items()}
+
     def _of_model(self, model: Any) -> dict[str, list[Row]]:
-        activations = [mlp_inputs(model, self.ids[side]) for side in ("safe", "unsafe")]
-        rates = {kind: answer_rates(model, self.tokenizer, split) for kind, split in self.probes.items()}
+        rates = self._rates(model, self.scale.prompts)
         attacks = {
             radius: soft_token_attack(model, self.tokenizer, self.probes["unsafe"], radius=radius).success
             for radius in self.scale.radii
         }
         return {
             "rates": [{"kind": kind, "instruct": r.instruct, "null": r.null, "n": r.n} for kind, r in rates.items()],
-            "separation": cluster_separation(*activations),
+            "separation": cluster_separation(*(mlp_inputs(model, self.ids[side]) for side in ("safe", "unsafe"))),
             "attack": [{"radius": radius, "success": sum(won) / len(won), "n": len(won)} for radius, won in attacks.items()],
         }
 
     def _of_tuned(self, base: Any, tuned: Any, controls: dict[str, Any]) -> dict[str, list[Row]]:
         safe, unsafe = (mlp_inputs(tuned, self.ids[side]) for side in ("safe", "unsafe"))
-        success = {kind: answer_rates(tuned, self.tokenizer, self.probes[kind]).answered for kind in JAILBREAKS}
-        moved = {kind: split.select(range(self.scale.moved)) for kind, split in self.probes.items()}
+        rates = self._rates(tuned, self.scale.prompts)
 
         def measure(model: Any) -> dict[str, float]:
-            found = {kind: answer_rates(model, self.tokenizer, split) for kind, split in moved.items()}
-            return {f"{of}_{kind}": getattr(rates, of) for kind, rates in found.items() for of in ("instruct", "null")}
+            found = self._rates(model, self.scale.moved)
+            return {f"{of}_{kind}": getattr(r, of) for kind, r in found.items() for of in ("instruct", "null")}
 
         # The update put onto a model that has learned something harmless meanwhile.
         carried = shift_table(base, tuned, measure, (1,), ("all",), onto=controls["new"]) if "new" in controls else []
         return self._of_model(tuned) | {
             "alignment": alignment_table(base, tuned, controls=controls),
             "gain": update_gain(base, tuned, safe, unsafe, controls=controls),
-            "groups": group_table(base, tuned, self.ids, success=success),
+            "groups": group_table(base, tuned, self.ids, success={kind: rates[kind].answered for kind in JAILBREAKS}),
             "shift": shift_table(base, tuned, measure, self.scale.alphas) + [row | {"part": "transplanted"} for row in carried],
         }
 
