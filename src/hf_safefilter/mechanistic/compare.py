@@ -33,6 +33,8 @@ from .analyses import (
 )
 
 Tables = dict[str, list[Row]]
+# Rows, the value shown, the axis, what makes a line of its own, the value's label, and where it says "nothing".
+Picture = tuple[list[Row], str, str, tuple[str, ...], str, float | None]
 
 
 def compare(
@@ -137,30 +139,40 @@ def summarize(tables: Tables, at: Sequence[int]) -> list[Row]:
 
 
 def draw(folder: Path, tables: Tables) -> list[Path]:
-    """A picture for each table that has something to show, `NAME.svg`; returns their paths.
+    """A picture for each table that has something to show; see `draw_pictures`."""
+    full = [r for r in tables["alignment"] if r["basis"] == "full"]
+    tau = [r for r in tables["groups"] if r["measure"] == "tau" and r["outcome"] == "all"]
+    sensitivity = [r for r in tables["groups"] if r["measure"] == "sensitivity_logit" and r["outcome"] == "all"]
+    pictures: dict[str, Picture] = {
+        "separation": (tables["separation"], "auroc", "layer", ("model",), "held-out AUROC, harmful against harmless", 0.5),
+        "gap": (tables["separation"], "gap_normalised", "layer", ("model",), "gap in tau / distance of the means", 0),
+        "drift": (tables["drift"], "cosine", "layer", ("model",), "cosine of the refusal direction with the base's", 1),
+        "alignment": (full, "excess", "layer", ("model", "update"), "outside the column space, less the baseline", 0),
+        "gain": (tables["gain"], "gain", "layer", ("model", "update"), "the update on harmful / on harmless prompts", 1),
+        "tau": (tau, "mean", "layer", ("model", "group"), "tau: nearer to harmless prompts", 0),
+        "sensitivity": (sensitivity, "mean", "group", ("model",), "log2 of local sensitivity over the base's", 0),
+    }
+    shift = tables.get("shift", [])
+    # Every part's line begins at the base.
+    parts = {(r["model"], r["part"]) for r in shift if r["part"] != "none"}
+    starts = [r | {"part": part} for r in shift if r["part"] == "none" for model, part in sorted(parts) if model == r["model"]]  # type: ignore[type-var]
+    moved = starts + [r for r in shift if r["part"] != "none"]
+    for value in sorted({n for r in shift for n in r} - {"alpha", "part", "model"}):
+        pictures[f"shift_{value}"] = (moved, value, "alpha", ("model", "part"), value.replace("_", " "), None)
+    return draw_pictures(folder, pictures)
+
+
+def draw_pictures(folder: Path, pictures: Mapping[str, Picture]) -> list[Path]:
+    """Draw each picture that has something to show, `NAME.svg`; returns their paths.
 
     Raises:
         InputError: matplotlib is not installed.
     """
     try:
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InputError("figures need matplotlib: run  pip install 'hf-safefilter[validate]', or pass --no-figures") from error
-    full = [r for r in tables["alignment"] if r["basis"] == "full"]
-    tau = [r for r in tables["groups"] if r["measure"] == "tau" and r["outcome"] == "all"]
-    sensitivity = [r for r in tables["groups"] if r["measure"] == "sensitivity_logit" and r["outcome"] == "all"]
-    # Name: rows, value, axis, what makes a line of its own, label, the value that says "nothing".
-    pictures: dict[str, tuple[list[Row], str, str, tuple[str, ...], str, float | None]] = {
-        "separation": (tables["separation"], "auroc", "layer", ("model",), "held-out AUROC, harmful against harmless", 0.5),
-        "gap": (tables["separation"], "gap_normalised", "layer", ("model",), "gap in tau / distance of the means", 0),
-        "drift": (tables["drift"], "cosine", "layer", ("model",), "cosine of the refusal direction with the base's", 1),
-        "alignment": (full, "excess", "layer", ("model", "update"), "outside the column space, over a random direction", 0),
-        "gain": (tables["gain"], "gain", "layer", ("model", "update"), "the update on harmful / on harmless prompts", 1),
-        "tau": (tau, "mean", "layer", ("model", "group"), "tau: nearer to harmless prompts", 0),
-        "sensitivity": (sensitivity, "mean", "group", ("model",), "log2 of local sensitivity over the base's", 0),
-    }
-    for value in sorted({n for r in tables.get("shift", []) for n in r} - {"alpha", "part", "model"}):
-        pictures[f"shift_{value}"] = (tables["shift"], value, "alpha", ("model", "part"), value.replace("_", " "), None)
     paths = []
     for name, (rows, value, axis, by, label, nothing) in pictures.items():
         if not any(r.get(value) is not None for r in rows):
@@ -171,11 +183,12 @@ def draw(folder: Path, tables: Tables) -> list[Path]:
             _line(ax, [r for r in rows if tuple(str(r[b]) for b in by) == key], value, axis, ", ".join(key))
         if nothing is not None:
             ax.axhline(nothing, color="#888", linestyle=":")
-        ax.set_xlabel("share of the update" if axis == "alpha" else {"layer": "block"}.get(axis, ""))
+        ax.set_xlabel({"alpha": "share of the update", "layer": "block", "radius": "length of the soft tokens"}.get(axis, ""))
         ax.set_ylabel(label)
         ax.legend(fontsize=8)
-        with replacing(folder / f"{name}.svg") as temporary:
-            figure.savefig(temporary, format="svg", metadata={"Date": None})  # equal results, equal files
+        # Equal results, equal files: no date, and names within the file that are not random.
+        with replacing(folder / f"{name}.svg") as temporary, rc_context({"svg.hashsalt": name}):
+            figure.savefig(temporary, format="svg", metadata={"Date": None})
         paths.append(folder / f"{name}.svg")
     return paths
 
@@ -188,7 +201,12 @@ def _line(ax: Any, rows: Sequence[Row], value: str, axis: str, label: str) -> No
             points.setdefault(row[axis], []).append(row)
     x = list(points)
     y = [mean(float(r[value]) for r in of) for of in points.values()]  # type: ignore[arg-type]
-    (line,) = ax.plot(x, y, marker="o", markersize=3, label=label.replace("$", r"\$").replace("_", " "))
+    label = label.replace("$", r"\$").replace("_", " ")
+    (line,) = ax.plot(x, y, "o" if isinstance(x[0], str) else "o-", markersize=3, label=label)
     one = [of[0] for of in points.values() if len(of) == 1 and of[0].get(f"{value}_low") is not None]
-    if len(one) == len(points):
+    if len(one) < len(points):
+        return
+    if isinstance(x[0], str):
+        ax.vlines(x, *([r[f"{value}_{end}"] for r in one] for end in ("low", "high")), color=line.get_color())
+    else:
         ax.fill_between(x, *([r[f"{value}_{end}"] for r in one] for end in ("low", "high")), alpha=0.15, color=line.get_color())
