@@ -47,7 +47,7 @@ def test_a_study_leaves_models_tables_findings_and_pictures(done):
     assert {p.name for p in (folder / "models" / "seed3").iterdir()} == set(NAMES)
     assert json.loads((folder / "summary.json").read_text()) == summary
     assert [name for name in summary if name[0] == "A"] == [f"A{i}" for i in range(1, 9)]
-    assert len(list(folder.glob("*.svg"))) == 9
+    assert len(list(folder.glob("*.svg"))) == 10
     tables = {p.stem: pq.read_table(p).to_pylist() for p in folder.glob("*.parquet")}
     assert set(tables) == {"rates", "separation", "attack", "alignment", "gain", "groups", "shift"}
     for name, rows in tables.items():
@@ -187,10 +187,9 @@ def made_up(better: float) -> dict[str, list[dict]]:
 
 
 def test_pictures_of_tables_with_several_seeds(tmp_path):
-    paths = draw_findings(
-        tmp_path, made_up(1.0) | {"attack": [{"seed": 0, "model": "sft-small", "radius": 1, "success": 0.5}]}, 3
-    )
-    assert len(paths) == 9
+    tables = made_up(1.0) | {"attack": [{"seed": 0, "model": "sft-small", "radius": 1, "success": 0.5}]}
+    paths = draw_findings(tmp_path, tables, 3)
+    assert len(paths) == 10
     assert all(path.read_bytes().startswith(b"<?xml") for path in paths)
     again = [path.read_bytes() for path in paths]
     draw_findings(tmp_path, tables, 3)

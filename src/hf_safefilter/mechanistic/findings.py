@@ -13,10 +13,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from ..errors import InputError
-from ..files import replacing
+from .analyses import Row
+from .compare import draw_pictures
 
-Row = dict[str, float | int | str | None]
 Tables = Mapping[str, Sequence[Mapping[str, Any]]]
 BySeed = dict[int, float]
 
@@ -31,13 +30,16 @@ _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def per_seed(rows: Sequence[Mapping[str, Any]], value: str, **where: Any) -> BySeed:
-    """By seed, the mean of a column over the rows in which each column of `where` is (or, for a range, is in) its value."""
+    """By seed, the mean of a column over the rows in which each column of `where` is its value, or one of several."""
     found: dict[int, list[float]] = {}
     for row in rows:
-        fits = all(row.get(k) in v if isinstance(v, range) else row.get(k) == v for k, v in where.items())
-        if fits and row.get(value) is not None:
+        if _fits(row, where) and row.get(value) is not None:
             found.setdefault(row["seed"], []).append(float(row[value]))
     return {seed: mean(values) for seed, values in found.items()}
+
+
+def _fits(row: Mapping[str, Any], where: Mapping[str, Any]) -> bool:
+    return all(row.get(k) in v if isinstance(v, range | tuple | list) else row.get(k) == v for k, v in where.items())
 
 
 def less(a: BySeed, b: BySeed) -> BySeed:
@@ -72,14 +74,19 @@ def claim(differences: Mapping[str, BySeed], **shown: Any) -> dict[str, Any]:
     return {"verdict": verdict, "above_0": estimates, **shown}
 
 
+def upper_layers(depth: int) -> range:
+    """The blocks of the last third, where the paper sees the most."""
+    return range(depth - math.ceil(depth / 3), depth)
+
+
 def summarize(tables: Tables, depth: int) -> dict[str, Any]:
     """Each finding's verdict and numbers.
 
     Args:
         tables: the study's, rows with `seed` and `model`.
-        depth: the model's blocks; "upper" are those of the last third.
+        depth: the model's blocks.
     """
-    upper = range(math.ceil(2 * depth / 3), depth)
+    upper = upper_layers(depth)
     rate = lambda of, model, kind: per_seed(tables["rates"], of, model=model, kind=kind)  # noqa: E731
     able = {f"instruct {kind}": rate("instruct", "base", kind) for kind in ("safe", "unsafe")}
     able |= {f"not null {kind}": {s: 1 - v for s, v in rate("null", "base", kind).items()} for kind in ("safe", "unsafe")}
@@ -189,96 +196,47 @@ def _scaling(tables: Tables) -> dict[str, Any]:
 
 
 def draw_findings(folder: Path, tables: Tables, depth: int) -> list[Path]:
-    """Draw a picture for each finding, means over seeds with their intervals; returns the paths.
-
-    Raises:
-        InputError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError("figures need matplotlib: run  pip install 'hf-safefilter[validate]'") from error
-    upper, layers = range(math.ceil(2 * depth / 3), depth), range(depth)
-    every = ("base", *CONTROLS, *TUNED)
-    alphas = sorted({row["alpha"] for row in tables["shift"]})
-    kinds = ("safe", "unsafe", *JAILBREAKS)
-
-    def line(table: str, value: str, axis: str, points: Sequence[Any], **where: Any) -> dict[Any, dict[str, Any]]:
-        return {x: estimate(per_seed(tables[table], value, **{axis: x}, **where)) for x in points}
-
-    # Name: the curves, what is on either axis, and where the value that says "nothing" lies.
-    pictures: dict[str, tuple[dict[str, dict[Any, dict[str, Any]]], str, str, float | None]] = {
-        "A1_A2_refusals": ({m: line("rates", "null", "kind", kinds, model=m) for m in every}, "", "refused", None),
-        "A1_A2_answers": ({m: line("rates", "instruct", "kind", kinds, model=m) for m in every}, "", "answered truly", None),
-        "A3_separation": (
-            {m: line("separation", "gap_normalised", "layer", layers, model=m) for m in every},
-            "layer", "safe less unsafe tau / distance of means", 0,
-        ),
-        "A4_gain": (
-            {m: line("gain", "gain", "layer", layers, model=m, update="tuned") for m in (*CONTROLS, *TUNED)},
-            "layer", "change of unsafe / of safe inputs", 1,
-        ),
+    """Draw a picture for each finding, means over seeds with their intervals; see `draw_pictures`."""
+    upper, both, overall = upper_layers(depth), ("none", "all"), {"outcome": "all"}
+    runs, model = (*CONTROLS, *TUNED), ("model",)
+    # Table, value, axis, lines, label, "nothing", which rows.
+    wanted: dict[str, tuple[str, str, str, tuple[str, ...], str, float | None, dict[str, Any]]] = {
+        "A1_A2_refusals": ("rates", "null", "kind", model, "refused", None, {}),
+        "A1_A2_answers": ("rates", "instruct", "kind", model, "answered truly", None, {}),
+        "A3_separation": ("separation", "gap_normalised", "layer", model, "gap in tau / distance of the means", 0, {}),
+        "A4_gain": ("gain", "gain", "layer", model, "the update on unsafe / on safe prompts", 1, {"update": "tuned"}),
         "A5_column_space": (
-            {
-                f"{m}, {b}": line("alignment", "excess", "layer", layers, model=m, update="tuned", basis=b)
-                for m in (*CONTROLS, *MEDIUM) for b in ("full", "energy90")
-            },
-            "layer", "outside of the column space, over random", 0,
+            "alignment", "excess", "layer", ("model", "basis"), "outside the column space, over a random direction", 0,
+            {"update": "tuned", "model": (*CONTROLS, *MEDIUM)},
         ),
         "A6_sensitivity": (
-            {
-                m: line("groups", "mean", "group", kinds, model=m, measure="sensitivity_logit", outcome="all")
-                for m in (*CONTROLS, *TUNED)
-            },
-            "", "log2 of sensitivity, tuned / base", 0,
+            "groups", "mean", "group", model, "log2 of local sensitivity over the base's", 0,
+            {"measure": "sensitivity_logit", "model": runs} | overall,
         ),
         "A7_jailbreaks": (
-            {m: line("groups", "mean", "group", kinds, model=m, measure="tau", outcome="all", layer=upper) for m in TUNED},
-            "", "tau / distance of means, upper layers", 0,
+            "groups", "mean", "group", model, "tau / distance of the means: nearer to safe prompts", 0,
+            {"measure": "tau", "layer": upper, "model": TUNED} | overall,
         ),
-        "A8_scaling": (
-            {
-                f"{m}, {what}": {0: line("shift", value, "alpha", [0], model=m)[0]}
-                | line("shift", value, "alpha", [a for a in alphas if a], model=m, part="all")
-                for m in MEDIUM for what, value in (("unsafe refused", "null_unsafe"), ("safe answered", "instruct_safe"))
-            },
-            "alpha", "share", None,
-        ),
-        "soft_tokens": (
-            {m: line("attack", "success", "radius", sorted({r["radius"] for r in tables["attack"]}), model=m) for m in TUNED},
-            "radius of the soft tokens, in mean embeddings", "unsafe answered truly", None,
-        ),
+        "A8_refusals": ("shift", "null_unsafe", "alpha", model, "unsafe refused", None, {"part": both, "model": MEDIUM}),
+        "A8_answers": ("shift", "instruct_safe", "alpha", model, "safe answered truly", None, {"part": both, "model": MEDIUM}),
+        "soft_tokens": ("attack", "success", "radius", model, "unsafe answered truly", None, {"model": TUNED}),
     }  # fmt: skip
-    paths = []
-    for name, (curves, x, y, nothing) in pictures.items():
-        figure = Figure(figsize=(8, 4), layout="constrained")
-        _curves(figure.add_subplot(), curves, x, y, nothing)
-        path = folder / f"{name}.svg"
-        # Without a date and random names, so that equal results give equal files.
-        with replacing(path) as temporary, rc_context({"svg.hashsalt": name}):
-            figure.savefig(temporary, format="svg", metadata={"Date": None})
-        paths.append(path)
-    return paths
+    return draw_pictures(
+        folder,
+        {
+            name: (_over_seeds(tables[table], value, (*by, axis), where), value, axis, by, label, nothing)
+            for name, (table, value, axis, by, label, nothing, where) in wanted.items()
+        },
+    )
 
 
-def _curves(ax: Any, curves: Mapping[str, Mapping[Any, Mapping[str, Any]]], x: str, y: str, nothing: float | None) -> None:
-    """Means with intervals, curves a little apart so that they do not hide each other."""
-    if nothing is not None:
-        ax.axhline(nothing, color="#888", linewidth=0.8)
-    for i, (name, points) in enumerate(curves.items()):
-        known = {at: e for at, e in points.items() if e}
-        by_name = any(isinstance(at, str) for at in points)
-        places = [list(points).index(at) if by_name else at for at in known]
-        shift = (i - len(curves) / 2) * 0.06 if by_name else 0
-        spread = [[abs((e["interval"] or [e["mean"]] * 2)[side] - e["mean"]) for e in known.values()] for side in (0, 1)]
-        ax.errorbar(
-            [p + shift for p in places], [e["mean"] for e in known.values()], yerr=spread, fmt="o" if by_name else "o-",
-            markersize=4, capsize=2, label=name,
-        )  # fmt: skip
-        if by_name:
-            ax.set_xticks(range(len(points)), [at.replace("_", " ") for at in points])
-    ax.set_xlabel(x)
-    ax.set_ylabel(y)
-    ax.grid(axis="y", alpha=0.3)
-    ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+def _over_seeds(rows: Sequence[Mapping[str, Any]], value: str, by: Sequence[str], where: Mapping[str, Any]) -> list[Row]:
+    """A row for each combination of the columns `by`, with the value's mean and interval over seeds."""
+    points = dict.fromkeys(tuple(row[b] for b in by) for row in rows if _fits(row, where) and row.get(value) is not None)
+    found: list[Row] = []
+    for point in points:
+        here = dict(zip(by, point, strict=True))
+        e = estimate(per_seed([row for row in rows if _fits(row, here)], value, **where))
+        low, high = e["interval"] or (None, None)
+        found.append({**here, value: e["mean"], f"{value}_low": low, f"{value}_high": high})
+    return found

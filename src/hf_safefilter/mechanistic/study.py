@@ -19,11 +19,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from datasets import concatenate_datasets
+from datasets.utils import tqdm
+
 from ..errors import EvaluationError, InputError
 from ..files import replacing, write_atomically
 from ..tuning import Recipe, Tuned
-from .analyses import alignment_table, cluster_separation, group_table, mlp_inputs, shift_table, update_gain
-from .findings import CONTROLS, JAILBREAKS, TUNED, Row, draw_findings, summarize
+from .analyses import Row, alignment_table, cluster_separation, group_table, mlp_inputs, shift_table, update_gain
+from .findings import CONTROLS, JAILBREAKS, TUNED, draw_findings, summarize
 from .synthetic import KINDS, SMALL, SyntheticSetting, make_split, make_tokenizer, soft_token_attack
 from .tuning import (
     LEARNING_RATES,
@@ -84,8 +87,6 @@ def run_synthetic(
         InputError: the folder holds another study, or no seeds.
         EvaluationError: a training diverged.
     """
-    from tqdm.auto import tqdm
-
     scale, folder = scale or Scale(), Path(out)
     if not seeds or len(set(seeds)) < len(seeds):
         raise InputError(f"seeds must be different whole numbers, at least one; got {list(seeds)}")
@@ -93,7 +94,7 @@ def run_synthetic(
         (folder / part).mkdir(parents=True, exist_ok=True)
     _agree(folder / "study.json", {"setting": asdict(setting), "scale": asdict(scale)})
     tables: dict[str, list[Row]] = {}
-    with tqdm(total=len(seeds) * 2 * (1 + len(CONTROLS) + len(TUNED)), disable=not progress, unit="step") as bar:
+    with tqdm(total=len(seeds) * 2 * (1 + len(CONTROLS) + len(TUNED)), disable=None if progress else True, unit="step") as bar:
         for seed in seeds:
             for name, found in _Seed(folder, seed, setting, scale, bar).analyses():
                 for table, rows in found.items():
@@ -150,8 +151,6 @@ class _Seed:
             )  # fmt: skip
 
     def _tuned(self, base: Any, name: str) -> Tuned:
-        from datasets import concatenate_datasets
-
         method, _, size = name.partition("-")
         kinds = {"benign": ("safe", "safe"), "new": ("safe", "new")}.get(name, ("safe", "unsafe"))
         # Even: the half of the texts that is not held out. Two splits of one kind differ by seed.
@@ -176,8 +175,6 @@ class _Seed:
 
     def _rates(self, model: Any, count: int) -> dict[str, AnswerRates]:
         """Of the first prompts of each kind, answered together: a short batch takes as long as a full one."""
-        from datasets import concatenate_datasets
-
         found = answer_rates(model, self.tokenizer, concatenate_datasets([s.take(count) for s in self.probes.values()]))
         parts = {kind: slice(i * count, (i + 1) * count) for i, kind in enumerate(self.probes)}
         return {kind: AnswerRates(found.answered[part], found.refused[part]) for kind, part in parts.items()}
