@@ -1,4 +1,4 @@
-"""Parquet files of scored rows that say what they hold: a checksum for each page, and the mark of their run and rows.
+"""Parquet files of scored rows, with a checksum for each page, and what tells a piece of one that is whole.
 
 They appear by renaming a file that was written whole, so that a reader never sees half of one.
 """
@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .files import replacing
+from .files import replacing, write_atomically
 
 if TYPE_CHECKING:
     from .scorer import SafetyRiskScorer
 
 ROW_INDEX = "row_index"
-_MARK = b"hf_safefilter.piece"
+SEAL = ".seal"
 # Rows in a call of the scorer; see `hf-safefilter score`.
 _CALL_GRADIENT, _CALL = 64, 256
 
@@ -35,36 +35,40 @@ def score_piece(tables: Iterable[pa.Table], scorer: SafetyRiskScorer, start: int
     return scored.append_column(ROW_INDEX, pa.array(range(start, start + len(scored)), pa.int64()))
 
 
-def write_piece(tables: Iterable[pa.Table], path: Path, mark: str, schema: pa.Schema | None = None) -> str:
-    """Write tables as one file (in a schema, by default the first one's); returns its SHA-256.
-
-    Args:
-        tables: of the same columns.
-        path: the file.
-        mark: which run and rows these are; "" for none.
-        schema: of the file, where the tables' own may differ.
-    """
+def write_rows(tables: Iterable[pa.Table], path: Path, schema: pa.Schema | None = None) -> str:
+    """Write tables of the same columns as one file (in a schema, by default the first one's); returns its SHA-256."""
     with replacing(path) as temporary:
         writer = None
         for table in tables:
             if writer is None:
                 schema = described(table.schema if schema is None else schema)
-                schema = schema.with_metadata({**schema.metadata, **({_MARK: mark.encode()} if mark else {})})
                 writer = pq.ParquetWriter(temporary, schema, write_page_checksum=True)
             writer.write_table(table.cast(schema))
         if writer is not None:
             writer.close()
-        with temporary.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return _digest(temporary)
 
 
-def is_whole(path: Path, mark: str, rows: int | None = None) -> bool:
-    """Whether a file is there with this mark, these many rows (if said), and undamaged; a damaged one is as good as none."""
+def write_piece(table: pa.Table, path: Path, mark: str) -> None:
+    """Write a piece, and then its seal: a text file beside it with its SHA-256 and which run and rows these are.
+
+    Checksums of pages do not cover the names and types of columns, at the end of the file.
+    """
+    digest = write_rows([table], path)
+    write_atomically(path.with_suffix(SEAL), f"{digest} {mark}".encode())
+
+
+def is_whole(path: Path, mark: str) -> bool:
+    """Whether a piece is there, is these rows of this run, and is what was written; a damaged one is as good as none."""
     try:
-        table = read_piece(path)
-    except (OSError, pa.ArrowInvalid):
+        return path.with_suffix(SEAL).read_bytes() == f"{_digest(path)} {mark}".encode()
+    except OSError:
         return False
-    return (table.schema.metadata or {}).get(_MARK) == mark.encode() and rows in (None, len(table))
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_piece(path: Path) -> pa.Table:

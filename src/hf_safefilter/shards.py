@@ -2,7 +2,7 @@
 
     plan.json                 what is scored, with what, in how many shards; every worker must agree with it
     reference/                the fitted anchors, fitted by the first worker, read by all
-    work/00003/000512.parquet a piece: the rows from 512 on of shard 3, until the shard is complete
+    work/00003/000512.parquet a piece: the rows from 512 on of shard 3, until the shard is complete; with its seal
     shards/00003-of-00010.parquet   a complete shard: its rows with their scores, and `row_index`
     records/00003.json        written last: what the shard holds, and the SHA-256 of its file
 
@@ -33,7 +33,7 @@ from filelock import FileLock, Timeout
 
 from .errors import EvaluationError, InputError, first_line
 from .files import write_atomically
-from .pieces import ROW_INDEX, is_whole, read_piece, row_groups, rows_in_a_call, score_piece, tidy, write_piece
+from .pieces import ROW_INDEX, is_whole, read_piece, row_groups, rows_in_a_call, score_piece, tidy, write_piece, write_rows
 from .reference import DESCRIPTION, Description
 from .shard_plan import PLAN_FILE, Plan, agree, identity, read_plan
 
@@ -169,9 +169,10 @@ class ShardedRun:
         rows, call, scored_here = ds.with_format("arrow"), rows_in_a_call(scorer), 0
         for start, stop in self.plan.pieces(shard):
             path = folder / f"{start:012d}.parquet"
-            if not is_whole(path, self._mark(start, stop), stop - start):
+            mark = f"{self.plan.fingerprint} {start} {stop}"
+            if not is_whole(path, mark):
                 calls = (rows[at : min(at + call, stop)] for at in range(start, stop, call))
-                write_piece([score_piece(calls, scorer, start, rank)], path, self._mark(start, stop))
+                write_piece(score_piece(calls, scorer, start, rank), path, mark)
                 scored_here += stop - start
             progress(stop - start)
         start, stop = self.plan.range(shard)
@@ -189,7 +190,7 @@ class ShardedRun:
                 unscored.update(why for value, why in pairs if value is None)
                 yield table
 
-        digest = write_piece(tables(), target, self._mark(start, stop))
+        digest = write_rows(tables(), target)
         record = {
             "shard": shard, "start": start, "stop": stop, "rows": stop - start, "tokens": tokens,
             "unscored": dict(unscored.most_common()), "plan": self.plan.fingerprint, "data": self.plan.data, "sha256": digest,
@@ -197,9 +198,6 @@ class ShardedRun:
         }  # fmt: skip
         write_atomically(self._record(shard), (json.dumps(record, indent=1) + "\n").encode("utf-8", "backslashreplace"))
         shutil.rmtree(folder, ignore_errors=True)
-
-    def _mark(self, start: int, stop: int) -> str:
-        return f"{self.plan.fingerprint} {start} {stop}"
 
     @contextmanager
     def _claimed(self, shard: int) -> Iterator[Held | None]:
@@ -265,7 +263,7 @@ def merge(folder: str | Path, out: Path) -> dict[str, Any]:
 
     with FileLock(run.folder / "locks" / "merge.lock"):
         tidy(out.parent, out.name)
-        write_piece(tables(), out, mark="")
+        write_rows(tables(), out)
     rows, unscored = records[-1]["stop"], Counter[str]()
     for record in records:
         unscored.update(record["unscored"])

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from .errors import InputError, first_line
-from .pieces import ROW_INDEX, is_whole, read_piece, rows_in_a_call, score_piece, tidy, write_piece
+from .pieces import ROW_INDEX, is_whole, read_piece, rows_in_a_call, score_piece, tidy, write_piece, write_rows
 from .shard_plan import PLAN_FILE, Plan, agree, identity, read_plan
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _pieces(
     # Sizes divide, so that pieces are whole.
     batches = _batches(rows.skip(start) if start else rows, gcd(rows_in_a_call(scorer), plan.piece_rows), start)
     while tables := _take(batches, plan.piece_rows):
-        write_piece([score_piece(tables, scorer, start)], path(start), mark(start))
+        write_piece(score_piece(tables, scorer, start), path(start), mark(start))
         yield path(start)
         done = sum(map(len, tables))
         progress(done)
@@ -144,7 +144,7 @@ def _joined(pieces: list[Path], out: Path, scorer: SafetyRiskScorer) -> dict[str
                 table = table.append_column(name, pa.nulls(len(table), schema.field(name).type))
             yield table.select(schema.names)
 
-    write_piece(tables(), out, mark="", schema=schema)
+    write_rows(tables(), out, schema)
     return {
         "rows": total, "scored": total - unscored.total(), "unscored": dict(unscored.most_common()), "tokens": tokens,
         "score_columns": risk,
