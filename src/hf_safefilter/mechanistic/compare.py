@@ -199,6 +199,8 @@ def _line(ax: Any, rows: Sequence[Row], value: str, axis: str, label: str) -> No
     for row in rows:
         if row.get(value) is not None:
             points.setdefault(row[axis], []).append(row)
+    if not points:
+        return
     x = list(points)
     y = [mean(float(r[value]) for r in of) for of in points.values()]  # type: ignore[arg-type]
     label = label.replace("$", r"\$").replace("_", " ")
