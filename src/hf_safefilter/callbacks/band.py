@@ -92,20 +92,21 @@ def read_band(band: Band | str | Path) -> Band:
     Raises:
         InputError: the file cannot be read, or it is no band.
     """
+    found: Any = band
     if isinstance(band, str | Path):
         try:
-            band = json.loads(Path(band).read_text("utf-8"))
+            found = json.loads(Path(band).read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"cannot read the band {str(band)!r}: {error}") from None
-    usable = isinstance(band, Mapping) and band and all(
+    usable = isinstance(found, Mapping) and found and all(
         signal in SIGNALS
         and isinstance(of, Mapping)
         and all(isinstance(of.get(k), int | float) and math.isfinite(of[k]) for k in ("mean", "sd"))
         and of["sd"] >= 0
-        for signal, of in band.items()
+        for signal, of in found.items()
     )  # fmt: skip
     if not usable:
         raise InputError(
             'band must be {signal: {"mean": ..., "sd": ...}}, as benign_band gives it, with signals among ' + ", ".join(SIGNALS)
         )
-    return band
+    return dict(found)
