@@ -99,6 +99,15 @@ def test_a_training_that_diverges_leaves_no_model(tmp_path, monkeypatch):
     assert list((tmp_path / "models" / "seed7").iterdir()) == []
 
 
+def test_a_damaged_analysis_is_named(done):
+    path = done[0] / "analyses" / "seed3-dpo-small.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    with pytest.raises(InputError, match=r"seed3-dpo-small.json is damaged"):
+        run_synthetic(done[0], (3,), setting=TINY, scale=SCALE, progress=False)
+    path.write_bytes(whole)
+
+
 def test_a_folder_of_another_study_is_refused(done):
     with pytest.raises(InputError, match="holds another study"):
         run_synthetic(done[0], (3,), setting=TINY, scale=replace(SCALE, rows=64), progress=False)

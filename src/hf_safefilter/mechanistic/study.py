@@ -1,7 +1,7 @@
 """The whole synthetic study: pre-training, three methods at two learning rates, two harmless controls, and all analyses.
 
 study.json                  what is compared; a resumed run must agree with it
-models/seedN/NAME/          each finished model (safetensors); one that is there is not trained again
+models/seedN/NAME/          each finished model, with its tokenizer; one that is there is not trained again
 analyses/seedN-NAME.json    each finished analysis; likewise
 TABLE.parquet               tidy tables over all seeds: rates, separation, alignment, gain, groups, shift, attack
 summary.json, *.svg         what follows for each finding, over seeds, and a picture of it (`findings.py`)
@@ -14,6 +14,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,8 @@ from typing import Any
 from datasets import concatenate_datasets
 from datasets.utils import tqdm
 
-from ..errors import EvaluationError, InputError
+from ..engine.loading import default_device, load, named_spec
+from ..errors import EvaluationError, InputError, first_line
 from ..files import replacing, write_atomically
 from ..tuning import Recipe, Tuned
 from .analyses import Row, alignment_table, cluster_separation, group_table, mlp_inputs, shift_table, update_gain
@@ -94,7 +96,8 @@ def run_synthetic(
         (folder / part).mkdir(parents=True, exist_ok=True)
     _agree(folder / "study.json", {"setting": asdict(setting), "scale": asdict(scale)})
     tables: dict[str, list[Row]] = {}
-    with tqdm(total=len(seeds) * 2 * (1 + len(CONTROLS) + len(TUNED)), disable=None if progress else True, unit="step") as bar:
+    work = len(seeds) * 2 * (1 + len(CONTROLS) + len(TUNED))
+    with _without_other_bars(), tqdm(total=work, disable=None if progress else True, unit="step") as bar:
         for seed in seeds:
             for name, found in _Seed(folder, seed, setting, scale, bar).analyses():
                 for table, rows in found.items():
@@ -128,8 +131,6 @@ class _Seed:
             yield name, self._kept(name, partial(self._of_tuned, base, model, others))
 
     def _model(self, name: str, make: Callable[[], Tuned]) -> Any:
-        from transformers import AutoModelForCausalLM
-
         self.bar.set_description(f"seed {self.seed}: {name}")
         folder = self.folder / "models" / f"seed{self.seed}" / name
         if not folder.exists():
@@ -139,9 +140,10 @@ class _Seed:
                 raise EvaluationError(f"seed {self.seed}, {name}: {made.problem}")
             with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
                 made.model.save_pretrained(Path(temporary) / name)
+                self.tokenizer.save_pretrained(Path(temporary) / name)
                 os.replace(Path(temporary) / name, folder)  # whole or not at all
         self.bar.update()
-        return AutoModelForCausalLM.from_pretrained(folder)
+        return load(named_spec(str(folder), dtype="float32"), default_device())[0]
 
     def _pretrained(self) -> Tuned:
         with tempfile.TemporaryDirectory() as scratch:
@@ -170,7 +172,10 @@ class _Seed:
         if not path.exists():
             write_atomically(path, json.dumps(make()).encode())
         self.bar.update()
-        found: dict[str, list[Row]] = json.loads(path.read_text())
+        try:
+            found: dict[str, list[Row]] = json.loads(path.read_text("utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path} is damaged ({first_line(error)}): delete it, and it is made again") from None
         return found
 
     def _rates(self, model: Any, count: int) -> dict[str, AnswerRates]:
@@ -207,6 +212,20 @@ class _Seed:
             "groups": group_table(base, tuned, self.ids, success={kind: rates[kind].answered for kind in JAILBREAKS}),
             "shift": shift_table(base, tuned, measure, self.scale.alphas) + [row | {"part": "transplanted"} for row in carried],
         }
+
+
+@contextmanager
+def _without_other_bars() -> Iterator[None]:
+    """transformers shows one for each model that is loaded or saved."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _agree(path: Path, description: dict[str, Any]) -> None:

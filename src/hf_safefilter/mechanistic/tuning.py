@@ -23,6 +23,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 
 from ..chat import IGNORE, ChatEncoder, Example
 from ..engine.backward import Targets, predicting_positions
+from ..engine.loading import default_device
 from ..errors import InputError, UnscorableRow
 from ..formats import find_layout
 from ..refusal.generation import generate
@@ -86,7 +87,8 @@ def pretrain(
     rows = make_split("pretrain", steps * recipe.batch_size // recipe.epochs, 2 * seed, setting)
     texts = [f"{row['prompt']} {row['chosen']} {tokenizer.eos_token}" for row in rows]
     examples = [Example(ids, ids) for ids in tokenizer(texts)["input_ids"]]
-    return tune(new_model(setting, seed), tokenizer, examples, recipe, seed=seed, folder=folder, progress=progress)
+    model = new_model(setting, seed).to(default_device())
+    return tune(model, tokenizer, examples, recipe, seed=seed, folder=folder, progress=progress)
 
 
 def safety_tune(
