@@ -2,8 +2,8 @@
 
 python benchmarks/million_rows.py [--rows 1000000 --shards 20 --workers 1]
 
-Memory is the resident set of the whole process tree, looked at twice a second, the median of each tenth of the rows; time that of
-each tenth, from when its pieces were written. The growth asked for: from the second tenth (warm) to the last. The merge's
+Memory is the resident set of the whole process tree, looked at twice a second, the median of each tenth of the rows; time that
+of each tenth, from when its pieces were written. The growth asked for: from the second tenth (warm) to the last. The merge's
 memory is looked at, too. Prints one line of JSON for each part.
 """
 
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -52,10 +53,9 @@ def watched(command: list[str], out: Path, workers: int) -> tuple[list[tuple[flo
     while any(p.poll() is None for p in each):
         memory = 0
         for p in each:
-            try:
-                memory += sum(q.memory_info().rss for q in (psutil.Process(p.pid), *psutil.Process(p.pid).children(recursive=True)))
-            except psutil.NoSuchProcess:
-                pass
+            with suppress(psutil.NoSuchProcess):
+                tree = [psutil.Process(p.pid), *psutil.Process(p.pid).children(recursive=True)]
+                memory += sum(q.memory_info().rss for q in tree)
         done = sum(json.loads(r.read_text())["rows"] for r in (out / "records").glob("*.json"))
         done += 256 * sum(1 for _ in (out / "work").glob("*/*.parquet"))
         seen.append((time.time() - started, done, memory / 2**20))

@@ -2,9 +2,9 @@
 
 python benchmarks/scaling.py --data ../shared/data/alpaca_999.jsonl [--rows 160 --workers 1,2 --repeats 2]
 
-By default with the demo's model and anchors fitted beforehand. Efficiency is (time of 1) / (n x time of n): of the whole command,
-from start to exit, and of the scoring alone (rows a second between the first and the last finished piece, all workers together).
-Runs take turns, so that a slow minute of the machine falls on all.
+With the demo's model and anchors fitted beforehand. Efficiency is (time of 1) / (n x time of n): of the whole command, from
+start to exit, and of the scoring alone (rows a second while shards were scored, all workers together). Runs take turns, so that
+a slow minute of the machine falls on all.
 """
 
 from __future__ import annotations
@@ -32,9 +32,8 @@ def score(command: list[str], out: Path, workers: int, shards: int) -> dict[str,
 
     def on_core(place: int) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            [*command, "--out", str(out), "--num-shards", str(shards)],
+            ["taskset", "--cpu-list", str(cores[place % len(cores)]), *command, "--out", str(out), "--num-shards", str(shards)],
             env=os.environ | {"OMP_NUM_THREADS": "1", "RANK": str(place), "WORLD_SIZE": str(workers)},
-            preexec_fn=lambda: os.sched_setaffinity(0, {cores[place % len(cores)]}),
             stdout=subprocess.DEVNULL,
         )
 

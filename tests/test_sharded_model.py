@@ -17,7 +17,7 @@ from hf_safefilter import SafetyRiskScorer
 from hf_safefilter.errors import InputError
 from hf_safefilter.testing import tiny_model
 
-SCRIPT = Path(__file__).parent / "score_in_two_processes.py"
+EXAMPLE = Path(__file__).parents[1] / "examples/score_sharded.py"
 
 
 @pytest.fixture
@@ -39,21 +39,39 @@ def assert_same(scored: Dataset, plain: Dataset) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "llama_tied"])
 def test_a_model_sharded_over_two_processes(kind, tmp_path, rows, tokenizer, anchors):
+    """The example; with a sitecustomize that notes what each process holds at its end."""
     anchors.save(tmp_path / "anchors.json")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    model = tiny_model(kind)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "sitecustomize.py").write_text(NOTES_WHAT_IS_HELD)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(EXAMPLE)]
+    options = ["--model", tmp_path / "model", "--data", tmp_path / "rows.jsonl", "--anchors", tmp_path / "anchors.json"]
     done = subprocess.run(
-        [*command, str(SCRIPT), str(tmp_path), kind], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        timeout=240,
+        [*launch, *map(str, options), "--scores", "all", "--dtype", "float32", "--out", str(tmp_path / "scored.parquet")],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path), "NOTES": str(tmp_path)},
+        capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    model = tiny_model(kind)
-    said = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
-    assert sum(s["held"] for s in said) == sum(p.numel() for p in model.parameters())
+    held = [int((tmp_path / f"held{rank}").read_text()) for rank in (0, 1)]
+    assert sum(held) == sum(p.numel() for p in model.parameters())
+    assert min(held) > 0.4 * sum(held)
     scorer = SafetyRiskScorer(model, anchors, scores="all", tokenizer=tokenizer)
-    assert {s["fingerprint"] for s in said} == {said[0]["fingerprint"]}
-    plain = rows.map(scorer, batched=True, batch_size=7)
-    for rank in (0, 1):
-        assert_same(Dataset.from_parquet(str(tmp_path / f"rank{rank}.parquet")), plain)
+    assert_same(Dataset.from_parquet(str(tmp_path / "scored.parquet")), rows.map(scorer, batched=True, batch_size=7))
+
+
+NOTES_WHAT_IS_HELD = """
+import os
+if "RANK" in os.environ:
+    import hf_safefilter.engine.passes as passes
+    init = passes.Engine.__init__
+    def noted(self, model, *args, **options):
+        held = sum(p.to_local().numel() for p in model.parameters())
+        with open(os.path.join(os.environ["NOTES"], "held" + os.environ["RANK"]), "w") as file:
+            file.write(str(held))
+        init(self, model, *args, **options)
+    passes.Engine.__init__ = noted
+"""
 
 
 def test_a_model_spread_over_devices(model_folder, rows, anchors):

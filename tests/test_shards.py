@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
