@@ -1,6 +1,6 @@
 """Score with a model that no single device holds: its weights are spread over processes with FSDP2.
 
-torchrun --nproc_per_node 8 examples/score_sharded.py --model org/model-70b --data rows.jsonl --parameters last-4 --out o.parquet
+torchrun --nproc_per_node 8 examples/score_sharded.py --model org/model-70b --data ROWS --parameters last-4 --out OUT.parquet
 
 Every process scores the same rows, because each layer's weights are gathered from all of them: memory is spread, not work. The
 first process reads the whole model into the host's memory once. Run by us with two processes on a CPU, not on GPUs.
