@@ -381,32 +381,34 @@ def test_soft_tokens_stay_in_their_ball_and_help(setting):
     unit = float(model.get_input_embeddings().weight.detach().norm(dim=1).mean())
     before = [p.clone() for p in model.parameters()]
     for radius in (0.1, 3.0):
-        found = soft_token_attack(model, tokenizer, split, tokens=3, radius=radius, steps=6)
-        assert found.soft.shape == (12, 3, 32)
+        found = soft_token_attack(model, tokenizer, split, radius=radius, steps=6)
+        assert found.soft.shape == (12, 2, 32)
         assert float(found.soft.norm(dim=2).max()) <= radius * unit * 1.0001
         assert found.success == [False] * 12
     assert all(torch.equal(a, b) and b.requires_grad for a, b in zip(before, model.parameters(), strict=True))
-    again = soft_token_attack(model, tokenizer, split, tokens=3, radius=3.0, steps=6)
+    again = soft_token_attack(model, tokenizer, split, radius=3.0, steps=6)
     assert torch.equal(found.soft, again.soft)
-    start = soft_token_attack(model, tokenizer, split, tokens=3, radius=1e-9, steps=1)
+    start = soft_token_attack(model, tokenizer, split, radius=1e-9, steps=1)
     attacked, plain = (attacked_loss(model, tokenizer, split, soft) for soft in (found.soft, start.soft))
     assert attacked < plain - 0.05
 
 
 def attacked_loss(model, tokenizer, split, soft: torch.Tensor) -> float:
-    """Of the true answers behind soft tokens, one row at a time."""
+    """Of the true answers, one row at a time, with something added to the fourth and to the last token of each prompt."""
     losses, embed = [], model.get_input_embeddings()
-    for row, tokens in zip(split, soft, strict=True):
+    for row, (to_start, to_end) in zip(split, soft, strict=True):
         prompt = torch.tensor(tokenizer(row["prompt"])["input_ids"])
         answer = torch.tensor(tokenizer(f"{row['rejected']} <eos>")["input_ids"])
         with torch.no_grad():
-            whole = torch.cat([embed(prompt[:-1]), tokens, embed(prompt[-1:]), embed(answer)])
-            logits = model(inputs_embeds=whole[None]).logits[0, len(prompt) + len(tokens) - 1 : -1]
+            whole = embed(torch.cat([prompt, answer])).clone()
+            whole[3] += to_start
+            whole[len(prompt) - 1] += to_end
+            logits = model(inputs_embeds=whole[None]).logits[0, len(prompt) - 1 : -1]
         losses.append(float(torch.nn.functional.cross_entropy(logits, answer)))
     return sum(losses) / len(losses)
 
 
-@pytest.mark.parametrize("bad", [{"tokens": 0}, {"steps": 0}, {"radius": 0}, {"radius": float("nan")}])
+@pytest.mark.parametrize("bad", [{"steps": 0}, {"radius": 0}, {"radius": float("nan")}])
 def test_an_attack_without_room_is_an_error(base, bad):
     with pytest.raises(InputError, match="above 0"):
         soft_token_attack(base.model, make_tokenizer(), make_split("unsafe", 2, 1), **bad)

@@ -65,7 +65,7 @@ class Scale:
     prompts: int = 400
     moved: int = 100
     alphas: tuple[float, ...] = (0, 0.25, 0.5, 0.75, 1, 1.1, 1.25, 1.5, 2)
-    radii: tuple[float, ...] = (0.5, 1.0, 2.0)
+    radii: tuple[float, ...] = (0.1, 0.5, 1.0)
 
 
 def run_synthetic(

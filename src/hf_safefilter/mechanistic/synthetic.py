@@ -256,63 +256,64 @@ def _pairs(kind: str, setting: SyntheticSetting, grammar: int, text_class: str) 
 
 @dataclass(frozen=True)
 class SoftAttack:
-    """Whether each row was answered truly under the attack, and its soft tokens [rows, tokens, hidden]."""
+    """Whether each row was answered truly under the attack, and what was added [rows, tokens, hidden]."""
 
     success: list[bool]
     soft: torch.Tensor
 
 
 def soft_token_attack(
-    model: Any, tokenizer: Any, split: Dataset, *, tokens: int = 2, radius: float = 1.0, steps: int = 10, seed: int = 0
+    model: Any, tokenizer: Any, split: Dataset, *, radius: float = 1.0, steps: int = 10, seed: int = 0
 ) -> SoftAttack:
-    """Put soft tokens before each prompt's last token and move them so that `rejected` becomes likely (the paper's "Adv").
+    """Move the embeddings of each prompt's `<sot>` and `<eot>` so that `rejected` becomes likely (the paper's "Adv").
 
-    Projected gradient descent per row: normalised gradients, steps of 2 `radius` / `steps`, and each soft token kept in a ball.
+    Projected gradient descent per row: normalised gradients, steps of 2 `radius` / `steps`, and what is added to a token kept
+    in a ball. The paper inserts its soft tokens before `<eot>`; a model that knows answers at one distance from their text only,
+    as the small setting's does, then copies the wrong letters. These two tokens say nothing and are there already.
 
     Args:
         model: a causal language model; left as it was.
         tokenizer: its tokenizer.
         split: rows to attack, from `make_split`.
-        tokens: soft tokens.
-        radius: of a soft token's ball around 0, in mean lengths of the model's token embeddings.
+        radius: of the ball, in mean lengths of the model's token embeddings.
         steps: of descent.
-        seed: of the first soft tokens.
+        seed: of where it starts.
 
     Raises:
-        InputError: no soft token, no step, or a radius that is not above 0.
+        InputError: no step, or a radius that is not above 0.
     """
-    if tokens < 1 or steps < 1 or not radius > 0:
-        raise InputError(f"an attack needs tokens, steps and a radius above 0, got {tokens}, {steps} and {radius}")
+    if steps < 1 or not radius > 0:
+        raise InputError(f"an attack needs steps and a radius above 0, got {steps} and {radius}")
     embed = model.get_input_embeddings()
     device = embed.weight.device
     prompts, answers = (tokenizer(list(split[name]))["input_ids"] for name in ("prompt", "rejected"))
     before, after = max(map(len, prompts)), max(map(len, answers)) + 1
-    ids = torch.tensor([[tokenizer.pad_token_id] * (before - len(p)) + p for p in prompts], device=device)
-    labels = torch.tensor([[*a, tokenizer.eos_token_id] + [IGNORE] * (after - 1 - len(a)) for a in answers], device=device)
-    mask = torch.cat([ids != tokenizer.pad_token_id, ids.new_ones(len(ids), tokens, dtype=torch.bool), labels != IGNORE], dim=1)
-    mask[:, before - 1] = True
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    ids = torch.tensor([[pad] * (before - len(p)) + p for p in prompts], device=device)
+    labels = torch.tensor([[*a, eos] + [IGNORE] * (after - 1 - len(a)) for a in answers], device=device)
+    mask = torch.cat([ids != pad, labels != IGNORE], dim=1)
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    moved = torch.isin(ids, torch.tensor(tokenizer.convert_tokens_to_ids([START, END]), device=device)).nonzero(as_tuple=True)
     with frozen(model):
         limit = radius * float(embed.weight.norm(dim=1).mean())
-        front, last, answer = embed(ids[:, :-1]), embed(ids[:, -1:]), embed(labels.clamp(min=0))
-        generator = torch.Generator().manual_seed(seed)
-        soft = (0.01 * torch.randn(len(ids), tokens, front.shape[2], generator=generator)).to(front)
+        plain = embed(torch.cat([ids, labels.clamp(min=0)], dim=1))
+        start = 0.01 * torch.randn(len(moved[0]), plain.shape[2], generator=torch.Generator().manual_seed(seed))
+        soft = start.to(plain)
 
         def logits() -> torch.Tensor:
-            whole = torch.cat([front, soft, last, answer], dim=1)
-            out: torch.Tensor = model(
-                inputs_embeds=whole, attention_mask=mask.long(), position_ids=positions, use_cache=False
-            ).logits
-            return out[:, before + tokens - 1 : -1]  # [rows, answer, vocabulary]
+            whole = plain.index_put(moved, soft, accumulate=True)
+            out = model(inputs_embeds=whole, attention_mask=mask.long(), position_ids=positions, use_cache=False)
+            found: torch.Tensor = out.logits[:, before - 1 : -1]  # [rows, answer, vocabulary]
+            return found
 
         for _ in range(steps):
             soft.requires_grad_()
             loss = torch.nn.functional.cross_entropy(logits().transpose(1, 2), labels, reduction="sum")
             (gradient,) = torch.autograd.grad(loss, soft)
             with torch.no_grad():
-                soft = soft - 2 * limit / steps * gradient / gradient.norm(dim=2, keepdim=True).clamp(min=1e-12)
-                soft = soft * (limit / soft.norm(dim=2, keepdim=True)).clamp(max=1)
+                soft = soft - 2 * limit / steps * gradient / gradient.norm(dim=1, keepdim=True).clamp(min=1e-12)
+                soft = soft * (limit / soft.norm(dim=1, keepdim=True)).clamp(max=1)
         with torch.no_grad():
             # Each token the likeliest after the true ones before it: that is, greedy decoding gives just this answer.
             right = (logits().argmax(dim=2) == labels) | (labels == IGNORE)
-    return SoftAttack(right.all(dim=1).tolist(), soft.detach().cpu())
+    return SoftAttack(right.all(dim=1).tolist(), soft.detach().reshape(len(ids), 2, -1).cpu())
