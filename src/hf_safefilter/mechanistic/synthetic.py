@@ -268,8 +268,8 @@ def soft_token_attack(
     """Move the embeddings of each prompt's `<sot>` and `<eot>` so that `rejected` becomes likely (the paper's "Adv").
 
     Projected gradient descent per row: normalised gradients, steps of 2 `radius` / `steps`, and what is added to a token kept
-    in a ball. The paper inserts its soft tokens before `<eot>`; a model that knows answers at one distance from their text only,
-    as the small setting's does, then copies the wrong letters. These two tokens say nothing and are there already.
+    in a ball. The paper inserts its soft tokens before `<eot>`; a model that knows answers at one distance from their text, as
+    the small setting's does, then copies the wrong letters. These two tokens say nothing and are there already.
 
     Args:
         model: a causal language model; left as it was.
