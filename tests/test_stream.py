@@ -171,15 +171,17 @@ def test_pieces_of_another_run_are_refused(world, tmp_path, model, tokenizer, an
 def test_types_that_change_along_the_stream(tmp_path, model, tokenizer, anchors):
     scorer = SafetyRiskScorer(model, anchors, scores=["representation"], tokenizer=tokenizer)
 
-    def rows(late):
+    def rows(late, early=1):
         def generate():
             for i in range(300):
-                yield {"prompt": "Why?", "completion": "Because.", "note": 1 if i < 256 else late}
+                yield {"prompt": "Why?", "completion": "Because.", "note": early if i < 256 else late}
 
         return IterableDataset.from_generator(generate)
 
     # Whole numbers become numbers; text and numbers are nothing in common.
     assert streamed(rows(0.5), tmp_path, scorer)["note"][254:258] == [1.0, 1.0, 0.5, 0.5]
+    objects = [{"a": None, "b": 1}], [{"a": "x", "b": 2}]
+    assert streamed(rows(objects[1], objects[0]), tmp_path, scorer)["note"][255:257] == list(objects)
     with pytest.raises(InputError, match="the rows from 256 on have columns of other types than those before .*note"):
         streamed(rows("one"), tmp_path, scorer)
 

@@ -37,13 +37,17 @@ def score_piece(tables: Iterable[pa.Table], scorer: SafetyRiskScorer, start: int
 
 def write_rows(tables: Iterable[pa.Table], path: Path, schema: pa.Schema | None = None) -> str:
     """Write tables of the same columns as one file (in a schema, by default the first one's); returns its SHA-256."""
+    from datasets.table import table_cast
+
     with replacing(path) as temporary:
         writer = None
         for table in tables:
             if writer is None:
                 schema = described(table.schema if schema is None else schema)
                 writer = pq.ParquetWriter(temporary, schema, write_page_checksum=True)
-            writer.write_table(table.cast(schema))
+            writer.write_table(
+                table_cast(table, schema)
+            )  # pyarrow's own breaks lists of objects with a part that is always null
         if writer is not None:
             writer.close()
         return _digest(temporary)

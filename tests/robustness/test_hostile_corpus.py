@@ -142,14 +142,17 @@ def test_there_are_enough() -> None:
     assert len(corpus()) >= 150
 
 
+@pytest.mark.parametrize("how", [[], ["--streaming"]], ids=["whole", "streamed"])
 @pytest.mark.parametrize("case", corpus())
-def test_scores_a_reason_or_one_line(case: Any, command: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_scores_a_reason_or_one_line(
+    case: Any, how: list[str], command: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / (case[0] if isinstance(case, tuple) else "a.parquet")
     if isinstance(case, tuple):
         path.write_bytes(case[1])
     else:
         pq.write_table(case, path)
-    code = main(["score", str(path), "--out", str(tmp_path / "out"), *command])
+    code = main(["score", str(path), "--out", str(tmp_path / "out"), *command, *how])
     out, err = capfd.readouterr()
     check(code, out, err, tmp_path / "out")
 
