@@ -172,7 +172,9 @@ def made_up(better: float) -> dict[str, list[dict]]:
                 tables["separation"].append(at | {"layer": layer, "gap_normalised": y + jitter, "gap": y, "auroc": 0.5})
                 if model == "base":
                     continue
-                tables["gain"].append(at | {"layer": layer, "update": "tuned", "gain": 1 + y + jitter})
+                for update in ("tuned", "random", *CONTROLS):
+                    gain = 1 + (y if update == "tuned" else 0) + jitter
+                    tables["gain"].append(at | {"layer": layer, "update": update, "gain": gain})
                 for update, value in (("tuned", x), ("random", 0), ("benign", 0), ("new", 0)):
                     for basis in ("full", "energy90"):
                         tables["alignment"].append(
