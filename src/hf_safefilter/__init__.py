@@ -12,6 +12,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .anchors import AnchorSet
+    from .callbacks.geometry import SafetyGeometryCallback
     from .callbacks.refusal_rate import RefusalRateCallback
     from .estimate import estimate_scoring
     from .hub import push_scored_to_hub
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AnchorSet",
     "RefusalRateCallback",
+    "SafetyGeometryCallback",
     "SafetyRiskScorer",
     "__version__",
     "estimate_scoring",
@@ -38,6 +40,7 @@ __all__ = [
 _MODULE_OF = {
     "AnchorSet": "anchors",
     "RefusalRateCallback": "callbacks.refusal_rate",
+    "SafetyGeometryCallback": "callbacks.geometry",
     "SafetyRiskScorer": "scorer",
     "estimate_scoring": "estimate",
     "filter_risky": "select",
