@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import math
 
 import pytest
@@ -116,17 +117,19 @@ def test_the_same_model_twice(command, folder, tmp_path, capsys):
 def test_the_synthetic_study(monkeypatch, tmp_path, capsys):
     calls = []
 
-    def study(out, seeds, *, progress):
-        calls.append((out, seeds, progress))
+    def study(out, seeds, *, workers, progress):
+        calls.append((out, seeds, progress, workers))
         return {"seeds": [4], "A1": {"verdict": "holds"}}
 
     monkeypatch.setattr("hf_safefilter.mechanistic.study.run_synthetic", study)
     assert cli.main(["mechanism", "--synthetic", "--seeds", "4", "--quiet", "-o", str(tmp_path / "out")]) == 0
-    assert calls == [(tmp_path / "out", (4,), False)]
+    assert calls == [(tmp_path / "out", (4,), False, 1)]
     assert "holds" in capsys.readouterr().out
     assert cli.main(["mechanism", "--synthetic", "--json", "-o", str(tmp_path / "out")]) == 0
     assert json.loads(capsys.readouterr().out)["A1"] == {"verdict": "holds"}
-    assert calls[1][1:] == ((0, 1, 2), True)
+    assert calls[1][1:] == ((0, 1, 2), True, min(3, os.cpu_count()))
+    assert cli.main(["mechanism", "--synthetic", "--workers", "0", "-o", str(tmp_path / "out")]) == 1
+    assert "--workers must be at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

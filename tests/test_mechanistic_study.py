@@ -90,6 +90,15 @@ def test_one_missing_model_alone_is_trained_and_comes_out_the_same(done, monkeyp
     assert files(folder) == before
 
 
+def test_processes_that_share_the_seeds_leave_the_same(done, tmp_path):
+    summary = run_synthetic(tmp_path, (3, 4), setting=TINY, scale=SCALE, workers=2, progress=False)
+    assert summary["seeds"] == [3, 4]
+    ours, theirs = files(tmp_path), files(done[0])
+    of_seed = [path for path in theirs if "seed3" in str(path)]
+    assert len(of_seed) > 2 * len(NAMES)
+    assert {path: ours[path] for path in of_seed} == {path: theirs[path] for path in of_seed}
+
+
 def test_a_training_that_diverges_leaves_no_model(tmp_path, monkeypatch):
     monkeypatch.setattr(
         study, "pretrain", lambda *a, **k: Tuned(None, [], "training diverged: the loss is not finite at step 3")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -52,6 +53,7 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     p.add_argument("--no-figures", action="store_true", help="draw nothing")
     p.add_argument("--synthetic", action="store_true", help="the study on synthetic data, from pre-training on; needs no model")
     p.add_argument("--seeds", default="0,1,2", help="of --synthetic (default: %(default)s)")
+    p.add_argument("--workers", type=int, help="of --synthetic: processes that share the seeds (default: one for each core)")
     p.set_defaults(run=run)
 
 
@@ -72,10 +74,14 @@ def _synthetic(args: argparse.Namespace) -> int:
         seeds = tuple(int(part) for part in args.seeds.split(","))
     except ValueError:
         raise InputError(f"--seeds must be whole numbers with commas between, got {args.seeds!r}") from None
+    if args.workers is not None and args.workers < 1:
+        raise InputError(f"--workers must be at least 1, got {args.workers}")
+    from ..engine.loading import default_device
     from ..mechanistic.study import run_synthetic
 
+    workers = args.workers or (min(len(seeds), os.cpu_count() or 1) if default_device() == "cpu" else 1)
     args.out.mkdir(parents=True, exist_ok=True)
-    summary = run_synthetic(args.out, seeds, progress=not args.quiet)
+    summary = run_synthetic(args.out, seeds, workers=workers, progress=not args.quiet)
     if args.json:
         print(json.dumps({"command": "mechanism", "synthetic": True, **summary, "versions": versions()}))
     else:

@@ -14,12 +14,15 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import concatenate_datasets
 from datasets.utils import tqdm
 
@@ -74,6 +77,7 @@ def run_synthetic(
     *,
     setting: SyntheticSetting = SMALL,
     scale: Scale | None = None,
+    workers: int = 1,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Run what is not there yet, write the tables and figures, and return the summary.
@@ -83,6 +87,8 @@ def run_synthetic(
         seeds: of weights, training rows and their order; the held-out prompts are the same for all.
         setting: the language and size of model.
         scale: how much.
+        workers: processes that share the seeds, each with one thread; a script needs `if __name__ == "__main__"` for more than
+            one. Results do not depend on it.
         progress: whether to show a progress bar.
 
     Raises:
@@ -97,7 +103,9 @@ def run_synthetic(
     _agree(folder / "study.json", {"setting": asdict(setting), "scale": asdict(scale)})
     tables: dict[str, list[Row]] = {}
     work = len(seeds) * 2 * (1 + len(CONTROLS) + len(TUNED))
-    with _without_other_bars(), tqdm(total=work, disable=None if progress else True, unit="step") as bar:
+    with _one_thread(), _without_other_bars(), tqdm(total=work, disable=None if progress else True, unit="step") as bar:
+        if workers > 1:
+            _shared(folder, seeds, setting, scale, workers, bar)
         for seed in seeds:
             for name, found in _Seed(folder, seed, setting, scale, bar).analyses():
                 for table, rows in found.items():
@@ -109,6 +117,32 @@ def run_synthetic(
     write_atomically(folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     draw_findings(folder, tables, depth)
     return summary
+
+
+def _shared(folder: Path, seeds: Sequence[int], setting: SyntheticSetting, scale: Scale, workers: int, bar: Any) -> None:
+    """Let processes make what is not there yet, a seed each, and show how many models and analyses there are."""
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        running = {pool.submit(_make, folder, seed, setting, scale) for seed in seeds}
+        while running:
+            done, running = wait(running, timeout=2, return_when=FIRST_EXCEPTION)
+            names = ("base", *CONTROLS, *TUNED)
+            kept = [path for seed in seeds for name in names for path in _places(folder, seed, name)]
+            bar.n = sum(path.exists() for path in kept)
+            bar.set_description(f"{len(running)} seeds at work")
+            for future in done:
+                future.result()  # what went wrong there goes wrong here
+    bar.reset()
+
+
+def _make(folder: Path, seed: int, setting: SyntheticSetting, scale: Scale) -> None:
+    with _one_thread(), _without_other_bars(), tqdm(disable=True) as bar:
+        for _ in _Seed(folder, seed, setting, scale, bar).analyses():
+            pass
+
+
+def _places(folder: Path, seed: int, name: str) -> tuple[Path, Path]:
+    """Where a model is kept, and what was found of it."""
+    return folder / "models" / f"seed{seed}" / name, folder / "analyses" / f"seed{seed}-{name}.json"
 
 
 class _Seed:
@@ -132,7 +166,7 @@ class _Seed:
 
     def _model(self, name: str, make: Callable[[], Tuned]) -> Any:
         self.bar.set_description(f"seed {self.seed}: {name}")
-        folder = self.folder / "models" / f"seed{self.seed}" / name
+        folder = _places(self.folder, self.seed, name)[0]
         if not folder.exists():
             folder.parent.mkdir(exist_ok=True)
             made = make()
@@ -168,7 +202,7 @@ class _Seed:
 
     def _kept(self, name: str, make: Callable[[], dict[str, list[Row]]]) -> dict[str, list[Row]]:
         self.bar.set_description(f"seed {self.seed}: analyses of {name}")
-        path = self.folder / "analyses" / f"seed{self.seed}-{name}.json"
+        path = _places(self.folder, self.seed, name)[1]
         if not path.exists():
             write_atomically(path, json.dumps(make()).encode())
         self.bar.update()
@@ -212,6 +246,17 @@ class _Seed:
             "groups": group_table(base, tuned, self.ids, success={kind: rates[kind].answered for kind in JAILBREAKS}),
             "shift": shift_table(base, tuned, measure, self.scale.alphas) + [row | {"part": "transplanted"} for row in carried],
         }
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """More would round in other ways, and models this small gain nothing by them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager
