@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -196,3 +199,22 @@ def test_equal_tables_give_equal_pictures(folder, tmp_path):
     assert {"separation.svg", "gap.svg", "drift.svg", "tau.svg"} <= first.keys()
     assert "gain.svg" not in first  # nothing to show
     assert len(first) == len(draw(tmp_path, tables))
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples/mechanistic"
+
+
+def test_the_synthetic_example(monkeypatch, capsys):
+    small = ["--pretraining-steps", "4", "--rows", "64", "--prompts", "12"]
+    monkeypatch.setattr(sys, "argv", ["synthetic.py", *small])
+    runpy.run_path(str(EXAMPLES / "synthetic.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[-4:]] == ["base", "sft", "dpo", "unlearn"]
+    assert len(lines[-1].split()) == 6
+
+
+def test_the_real_models_example(folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["real_models.py", "--model", f"{folder}/base", "--adapter", f"{folder}/adapter"])
+    runpy.run_path(str(EXAMPLES / "real_models.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[-2:]] == ["0", "1"]
