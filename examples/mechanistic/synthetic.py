@@ -2,8 +2,8 @@
 
 python examples/mechanistic/synthetic.py [--pretraining-steps 1200 --rows 12800]
 
-Teaches a small model a made-up language, teaches it three ways to refuse unsafe instructions, and shows for each how it answers,
-whether harmful prompts lie in a cluster of their own, and on whom the update acts. About four minutes on a core.
+Teaches a small model a made-up language, teaches it three ways to refuse unsafe instructions, and shows for each how it
+answers, whether unsafe prompts lie in a cluster of their own, and on whom the update acts.
 """
 
 from __future__ import annotations
