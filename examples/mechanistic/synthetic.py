@@ -36,9 +36,8 @@ def main() -> None:
     held_out = {kind: make_split(kind, args.prompts, 1) for kind in ("safe", "unsafe", "jb_co_task", "jb_co_text", "jb_misgen")}
     ids = {kind: tokenizer(list(split["prompt"]))["input_ids"] for kind, split in held_out.items()}
     row = held_out["unsafe"][0]
-    print(
-        f"an unsafe instruction  {row['prompt']}\nits answer             {row['rejected']}\nwanted                 {row['chosen']}\n"
-    )
+    for label, column in (("an unsafe instruction", "prompt"), ("its answer", "rejected"), ("wanted", "chosen")):
+        print(f"{label:23}{row[column]}")
     halves = [make_split(kind, args.rows // 2, 100 + 2 * i) for i, kind in enumerate(("safe", "unsafe"))]
     with tempfile.TemporaryDirectory() as folder:
         base = pretrain(seed=args.seed, folder=Path(folder), steps=args.pretraining_steps).model
