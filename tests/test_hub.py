@@ -287,3 +287,19 @@ def test_a_saved_scorer_keeps_scores_and_options(tmp_path: Path, model, tokenize
         path.write_text(json.dumps(saved | change))
         with pytest.raises(InputError, match=message):
             SafetyRiskScorer.from_pretrained(tmp_path / "scorer", model=model, tokenizer=tokenizer)
+
+
+def test_a_hub_dataset_is_streamed(hub, tmp_path, model_folder, anchors):
+    folder = hub.root / "datasets/ann/rows"
+    folder.mkdir(parents=True)
+    rows = [{"prompt": f"Question {i}?", "completion": "word " * (1 + i % 7)} for i in range(30)]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    anchors.save(tmp_path / "anchors.json")
+    arguments = ["--model", model_folder, "--anchors", tmp_path / "anchors.json", "--dtype", "float32", "--quiet"]
+    done = command(hub, tmp_path, "score", "ann/rows", "--streaming", *arguments, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    scored = Dataset.from_parquet(str(tmp_path / "out/scored.parquet"))
+    assert scored["prompt"][:] == [r["prompt"] for r in rows]
+    account = json.loads((tmp_path / "out/run.json").read_text())
+    assert (account["data"], account["data_on_hub"]) == ("ann/rows", True)
+    assert not list((tmp_path / "home").rglob("*.jsonl")), "the file was downloaded"
