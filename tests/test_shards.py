@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -108,23 +109,45 @@ def test_shards_give_what_a_map_gives(world, tmp_path, anchors, capsys):
     assert list((tmp_path / "run/work").iterdir()) == []
 
 
-def killed(world: list[str], out: Path, kills: int, seed: int) -> int:
-    """Kill one or two workers at random moments, mostly while they score, again and again; returns how often."""
+def killed(world: list[str], out: Path, kills: int, seed: int, *, launchers: bool = False) -> int:
+    """Kill one or two workers at random moments, mostly while they score, again and again; returns how often.
+
+    With `launchers` sometimes `torchrun` instead, whose ranks go on beside the next round's workers, or are killed with it.
+    """
     rng, done = random.Random(seed), 0
+    orphans: list[psutil.Process] = []
     progress = lambda: {p for part in ("work", "records") for p in (out / part).rglob("*.*")}  # noqa: E731
     while done < kills and len(list((out / "records").glob("*.json"))) < SHARDS:
         before = progress()
-        workers = [start(world, out) for _ in range(rng.choice([1, 2]))]
+        if parent := launchers and rng.random() < 0.4:
+            workers = [launched("torchrun", world, out)]
+        else:
+            workers = [start(world, out) for _ in range(rng.choice([1, 2]))]
         end = time.time() + (60 if done == 0 or rng.random() < 0.7 else rng.uniform(0, 4))
         while progress() == before and time.time() < end and any(w.poll() is None for w in workers):
             time.sleep(0.005)
         time.sleep(rng.uniform(0, 0.3 if done else 0.05))  # the first kill hits its worker
         for worker in workers:
             if worker.poll() is None:
+                ranks = psutil.Process(worker.pid).children(recursive=True) if parent else []
                 worker.send_signal(signal.SIGKILL)
                 done += 1
-            worker.communicate()
-    return done
+                orphans += ranks
+                if rng.random() < 0.5:
+                    done += ended(ranks)
+            worker.wait()  # not for the end of its output, which its ranks hold open
+    return done + ended(orphans)
+
+
+def ended(processes: list[psutil.Process]) -> int:
+    """Kill what is still running, wait for it, and return how many that were."""
+    count = 0
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+            count += 1
+    psutil.wait_procs(processes, timeout=60)
+    return count
 
 
 def test_killed_workers_leave_the_same_bytes(world, tmp_path, whole):
@@ -371,11 +394,11 @@ def test_bad_folders(tmp_path, world, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_thirty_kills(world, tmp_path, seed, whole):
-    """Ten of them each."""
+    """Ten of them each: of workers, and in two series of launchers, too, with and without their ranks."""
     total, turn = 0, 0
     while total < 10:
         out = tmp_path / f"run{turn}"
-        total += killed(world, out, kills=10 - total, seed=100 * seed + turn)
+        total += killed(world, out, kills=10 - total, seed=100 * seed + turn, launchers=seed > 0)
         assert finish(world, out) == whole
         assert read_plan(out).rows == ROWS
         turn += 1
