@@ -261,7 +261,8 @@ def merge(folder: str | Path, out: Path) -> dict[str, Any]:
             if at != record["stop"]:
                 raise _damaged(run, record["shard"], "rows are missing at its end")
 
-    with FileLock(run.folder / "locks" / "merge.lock"):
+    # Beside the file: the shards may be where nothing can be written.
+    with FileLock(out.with_name(f".{out.name}.lock")):
         tidy(out.parent, out.name)
         write_rows(tables(), out)
     rows, unscored = records[-1]["stop"], Counter[str]()
