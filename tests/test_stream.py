@@ -186,6 +186,15 @@ def test_types_that_change_along_the_stream(tmp_path, model, tokenizer, anchors)
         streamed(rows("one"), tmp_path, scorer)
 
 
+def test_what_a_stream_cannot_take(tmp_path, model, tokenizer, anchors):
+    scorer = SafetyRiskScorer(model, anchors, scores=["representation"], tokenizer=tokenizer)
+    row = {"prompt": "Why?", "completion": "Because."}
+    with pytest.raises(InputError, match="has a column 'row_index' already: rename it"):
+        streamed(IterableDataset.from_list([row | {"row_index": 3}]), tmp_path, scorer)
+    with pytest.raises(InputError, match="piece_rows must be at least 1, got 0"):
+        streamed(IterableDataset.from_list([row]), tmp_path, scorer, piece_rows=0)
+
+
 def test_an_empty_stream(world, tmp_path, capsys):
     Dataset.from_json(world[1]).select([]).to_parquet(str(tmp_path / "none.parquet"))
     assert main([world[0], str(tmp_path / "none.parquet"), *world[2:], "--quiet"]) == 1

@@ -6,13 +6,16 @@ They appear by renaming a file that was written whole, so that a reader never se
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .errors import InputError
 from .files import replacing, write_atomically
 
 if TYPE_CHECKING:
@@ -27,6 +30,28 @@ _CALL_GRADIENT, _CALL = 64, 256
 def rows_in_a_call(scorer: SafetyRiskScorer) -> int:
     """How many rows a scorer is given at once: scores do not depend on it, but rounding does."""
     return _CALL_GRADIENT if scorer.needs.gradient else _CALL
+
+
+def check_columns(names: Iterable[str]) -> None:
+    """Raise `InputError` where the rows have a column that is added here."""
+    if ROW_INDEX in names:
+        raise InputError(f"the dataset has a column {ROW_INDEX!r} already: rename it, shards and streams add their own")
+
+
+@dataclass
+class Tally:
+    """What scored tables hold together: rows, tokens, and why rows have no score."""
+
+    rows: int = 0
+    tokens: int = 0
+    unscored: Counter[str] = field(default_factory=Counter)
+
+    def add(self, table: pa.Table, score: str) -> None:
+        """Count a table's rows; those without the column `score` have none."""
+        self.rows += len(table)
+        self.tokens += sum(n or 0 for n in table["total_tokens"].to_pylist())
+        pairs = zip(table[score].to_pylist(), table["risk_status"].to_pylist(), strict=True)
+        self.unscored.update(why for value, why in pairs if value is None)
 
 
 def score_piece(tables: Iterable[pa.Table], scorer: SafetyRiskScorer, start: int, rank: int | None = None) -> pa.Table:

@@ -35,6 +35,11 @@ class Plan:
     on_hub: bool
     scorer: dict[str, Any]
 
+    def __post_init__(self) -> None:
+        for what in ("num_shards", "piece_rows"):
+            if (value := getattr(self, what)) < 1:
+                raise InputError(f"{what} must be at least 1, got {value}")
+
     def range(self, shard: int) -> tuple[int, int]:
         """The shard's rows, from the first to before the last."""
         assert self.rows is not None, "a stream has no shards"

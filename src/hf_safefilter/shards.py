@@ -33,7 +33,19 @@ from filelock import FileLock, Timeout
 
 from .errors import EvaluationError, InputError, first_line
 from .files import write_atomically
-from .pieces import ROW_INDEX, is_whole, read_piece, row_groups, rows_in_a_call, score_piece, tidy, write_piece, write_rows
+from .pieces import (
+    ROW_INDEX,
+    Tally,
+    check_columns,
+    is_whole,
+    read_piece,
+    row_groups,
+    rows_in_a_call,
+    score_piece,
+    tidy,
+    write_piece,
+    write_rows,
+)
 from .reference import DESCRIPTION, Description
 from .shard_plan import PLAN_FILE, Plan, agree, identity, read_plan
 
@@ -81,13 +93,9 @@ class ShardedRun:
             InputError: the folder holds shards of other rows, another scorer or another division, and which it is.
         """
         folder = Path(folder)
-        for what, value in (("num_shards", num_shards), ("piece_rows", piece_rows)):
-            if value < 1:
-                raise InputError(f"{what} must be at least 1, got {value}")
         if num_shards > len(ds):
             raise InputError(f"{num_shards} shards for {len(ds)} rows: use at most as many as there are rows")
-        if ROW_INDEX in ds.column_names:
-            raise InputError(f"the dataset has a column {ROW_INDEX!r} already: rename it, shards add their own")
+        check_columns(ds.column_names)
         plan = Plan(len(ds), num_shards, piece_rows, data, name, on_hub, identity(scorer))
         for part in ("", "work", "shards", "records", "locks"):
             (folder / part).mkdir(parents=True, exist_ok=True)
@@ -177,24 +185,20 @@ class ShardedRun:
             progress(stop - start)
         start, stop = self.plan.range(shard)
         files = [folder / f"{at:012d}.parquet" for at, _ in self.plan.pieces(shard)]
-        unscored: Counter[str] = Counter()
-        tokens = 0
+        tally = Tally()
         first = next(n for n in scorer.result_columns if n.startswith("risk_") and n != "risk_status")
 
         def tables() -> Iterator[pa.Table]:
-            nonlocal tokens
             for path in files:
                 table = read_piece(path)
-                tokens += sum(n or 0 for n in table["total_tokens"].to_pylist())
-                pairs = zip(table[first].to_pylist(), table["risk_status"].to_pylist(), strict=True)
-                unscored.update(why for value, why in pairs if value is None)
+                tally.add(table, first)
                 yield table
 
         digest = write_rows(tables(), target)
         record = {
-            "shard": shard, "start": start, "stop": stop, "rows": stop - start, "tokens": tokens,
-            "unscored": dict(unscored.most_common()), "plan": self.plan.fingerprint, "data": self.plan.data, "sha256": digest,
-            "rows_scored_last": scored_here, "seconds": round(time.time() - started, 3), "worker": _who(),
+            "shard": shard, "start": start, "stop": stop, "rows": stop - start, "tokens": tally.tokens,
+            "unscored": dict(tally.unscored.most_common()), "plan": self.plan.fingerprint, "data": self.plan.data,
+            "sha256": digest, "rows_scored_last": scored_here, "seconds": round(time.time() - started, 3), "worker": _who(),
         }  # fmt: skip
         write_atomically(self._record(shard), (json.dumps(record, indent=1) + "\n").encode("utf-8", "backslashreplace"))
         shutil.rmtree(folder, ignore_errors=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from math import gcd
 from pathlib import Path
@@ -20,7 +19,18 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from .errors import InputError, first_line
-from .pieces import ROW_INDEX, is_whole, read_piece, rows_in_a_call, score_piece, tidy, write_piece, write_rows
+from .pieces import (
+    ROW_INDEX,
+    Tally,
+    check_columns,
+    is_whole,
+    read_piece,
+    rows_in_a_call,
+    score_piece,
+    tidy,
+    write_piece,
+    write_rows,
+)
 from .shard_plan import PLAN_FILE, Plan, agree, identity, read_plan
 
 if TYPE_CHECKING:
@@ -52,6 +62,7 @@ def score_stream(
     Raises:
         InputError: no rows; columns whose types change along the stream; pieces of another run; another process at work.
     """
+    plan = Plan(None, 1, piece_rows, data, name, on_hub, identity(scorer))
     folder = out.parent / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out.parent / f".{FOLDER}.lock")
@@ -62,7 +73,6 @@ def score_stream(
     try:
         tidy(folder)
         tidy(out.parent, out.name)
-        plan = Plan(None, 1, piece_rows, data, name, on_hub, identity(scorer))
         if (folder / PLAN_FILE).exists():
             agree(read_plan(folder), plan, folder)
         else:
@@ -107,6 +117,7 @@ def _batches(rows: IterableDataset, size: int, start: int) -> Iterator[pa.Table]
     at = start
     try:
         for table in rows.with_format("arrow").iter(batch_size=size):
+            check_columns(table.column_names)
             at += len(table)
             yield table
     except (InputError, OSError, MemoryError):
@@ -125,19 +136,15 @@ def _take(batches: Iterator[pa.Table], rows: int) -> list[pa.Table]:
 
 def _joined(pieces: list[Path], out: Path, scorer: SafetyRiskScorer) -> dict[str, Any]:
     """Write all pieces as one file; returns what they hold."""
-    unscored: Counter[str] = Counter()
-    total = tokens = 0
+    tally = Tally()
     risk = [n for n in scorer.result_columns if n.startswith("risk_") and n != "risk_status"]
     schema = _common_schema(pieces)
 
     def tables() -> Iterator[pa.Table]:
-        nonlocal total, tokens
         for path in pieces:
-            table = read_piece(path)
-            tokens += sum(n or 0 for n in table["total_tokens"].to_pylist())
-            pairs = zip(table[risk[0]].to_pylist(), table["risk_status"].to_pylist(), strict=True)
-            unscored.update(why for value, why in pairs if value is None)
-            if table[ROW_INDEX].to_pylist() != list(range(total, total := total + len(table))):
+            table, start = read_piece(path), tally.rows
+            tally.add(table, risk[0])
+            if table[ROW_INDEX].to_pylist() != list(range(start, tally.rows)):
                 raise InputError(f"{path} holds other rows than its name says: delete the folder {str(path.parent)!r}")
             missing = [name for name in schema.names if name not in table.column_names]
             for name in missing:
@@ -146,8 +153,8 @@ def _joined(pieces: list[Path], out: Path, scorer: SafetyRiskScorer) -> dict[str
 
     write_rows(tables(), out, schema)
     return {
-        "rows": total, "scored": total - unscored.total(), "unscored": dict(unscored.most_common()), "tokens": tokens,
-        "score_columns": risk,
+        "rows": tally.rows, "scored": tally.rows - tally.unscored.total(),
+        "unscored": dict(tally.unscored.most_common()), "tokens": tally.tokens, "score_columns": risk,
     }  # fmt: skip
 
 
