@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from pathlib import Path
@@ -60,3 +61,17 @@ ROWS = [
 @pytest.fixture
 def rows() -> list[dict[str, str]]:
     return [dict(r) for r in ROWS]
+
+
+@pytest.fixture(scope="module")
+def taught():
+    """Refuses harmful requests; with dropout, so that training draws random numbers."""
+    from training import refusing_model  # transformers' Trainer, which most tests do without
+
+    return refusing_model(attention_dropout=0.1)
+
+
+@pytest.fixture
+def refusing(taught):
+    """A copy to train."""
+    return copy.deepcopy(taught)

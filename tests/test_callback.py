@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training import ANSWER, BENIGN, HARMFUL, MONITOR, REFUSAL, pad_tokenizer, refusing_model, rows, trainer
+from training import ANSWER, BENIGN, HARMFUL, MONITOR, REFUSAL, pad_tokenizer, rows, trainer
 from transformers import EarlyStoppingCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -25,16 +25,6 @@ from hf_safefilter.errors import InputError
 from hf_safefilter.testing import tiny_model, tiny_tokenizer
 
 RATE = "eval_refusal_rate"
-
-
-@pytest.fixture(scope="module")
-def taught():
-    return refusing_model(attention_dropout=0.1)
-
-
-@pytest.fixture
-def refusing(taught):
-    return copy.deepcopy(taught)
 
 
 def by_step(trainer, key: str) -> dict[int, float]:

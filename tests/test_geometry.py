@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training import ANSWER, BENIGN, HARMFUL, REFUSAL, harmless_rows, pad_tokenizer, refusing_model, rows, trainer
+from training import ANSWER, BENIGN, HARMFUL, REFUSAL, harmless_rows, pad_tokenizer, rows, trainer
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -25,16 +25,6 @@ from hf_safefilter.refusal.prompts import load_prompts, prompt_ids
 from hf_safefilter.testing import tiny_model, tiny_tokenizer
 
 PROMPTS = {"prompts": HARMFUL, "benign_prompts": BENIGN, "layers": (0, 1)}
-
-
-@pytest.fixture(scope="module")
-def taught():
-    return refusing_model(attention_dropout=0.1)
-
-
-@pytest.fixture
-def refusing(taught):
-    return copy.deepcopy(taught)
 
 
 def watched(t, **options) -> SafetyGeometryCallback:
