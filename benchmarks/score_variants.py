@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--adapter", help="none for a model that is whole, such as recipe_search.py --save leaves")
+    parser.add_argument("--dtype", default="auto", help="of weights; a saved checkpoint's own otherwise")
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--name", default="", help="put after each column, such as _warm for an early checkpoint")
@@ -88,7 +89,7 @@ def main() -> None:
         if (chosen and suffix not in chosen) or ("_own" in suffix and own is None):
             continue
         started = time.perf_counter()
-        scorer = SafetyRiskScorer(args.model, adapter=args.adapter, max_length=args.max_length, **options)
+        scorer = SafetyRiskScorer(args.model, adapter=args.adapter, dtype=args.dtype, max_length=args.max_length, **options)
         found = scored_in_parts(rows, scorer, args.out.with_suffix(".parts"), suffix + args.name)
         for column in [c for c in found.column_names if c.startswith("risk_") and c != "risk_status"]:
             if not (suffix + args.name and column.startswith("risk_baseline")):

@@ -126,11 +126,11 @@ def test_the_synthetic_study(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr("hf_safefilter.mechanistic.study.run_synthetic", study)
     assert cli.main(["mechanism", "--synthetic", "--seeds", "4", "--quiet", "-o", str(tmp_path / "out")]) == 0
-    assert calls == [(tmp_path / "out", (4,), False, 1)]
+    assert calls == [(tmp_path / "out", (4,), False, min(8, os.cpu_count()))]
     assert "holds" in capsys.readouterr().out
     assert cli.main(["mechanism", "--synthetic", "--json", "-o", str(tmp_path / "out")]) == 0
     assert json.loads(capsys.readouterr().out)["A1"] == {"verdict": "holds"}
-    assert calls[1][1:] == ((0, 1, 2), True, min(3, os.cpu_count()))
+    assert calls[1][1:] == ((0, 1, 2), True, min(8, os.cpu_count()))
     assert cli.main(["mechanism", "--synthetic", "--workers", "0", "-o", str(tmp_path / "out")]) == 1
     assert "--workers must be at least 1" in capsys.readouterr().err
 

@@ -90,7 +90,7 @@ def test_one_missing_model_alone_is_trained_and_comes_out_the_same(done, monkeyp
     assert files(folder) == before
 
 
-def test_processes_that_share_the_seeds_leave_the_same(done, tmp_path):
+def test_processes_that_share_the_work_leave_the_same(done, tmp_path):
     summary = run_synthetic(tmp_path, (3, 4), setting=TINY, scale=SCALE, workers=2, progress=False)
     assert summary["seeds"] == [3, 4]
     ours, theirs = files(tmp_path), files(done[0])
@@ -118,7 +118,7 @@ def test_a_damaged_analysis_is_named(done):
 
 
 def test_a_folder_of_another_study_is_refused(done):
-    with pytest.raises(InputError, match="holds another study"):
+    with pytest.raises(InputError, match="holds a study with another scale"):
         run_synthetic(done[0], (3,), setting=TINY, scale=replace(SCALE, rows=64), progress=False)
 
 

@@ -336,7 +336,9 @@ def test_a_study_tells_risky_rows_from_harmless_ones(tmp_path: Path) -> None:
 
     paths = draw_figures(tmp_path, summary, groups(made))
     assert {p.name for p in paths} == {"arms.svg", "bins.svg", "datamodel.svg", "defence.svg", "patterns.svg"}
-    assert all(p.read_text().lstrip().startswith("<?xml") for p in paths)
+    drawn = [p.read_bytes() for p in paths]
+    assert all(b.lstrip().startswith(b"<?xml") for b in drawn)
+    assert drawn == [p.read_bytes() for p in draw_figures(tmp_path, summary, groups(made))]  # equal results, equal files
 
 
 def test_an_interrupted_study_goes_on_and_ends_the_same(tmp_path: Path) -> None:

@@ -1,12 +1,16 @@
-"""Writing files so that a reader never sees half of one."""
+"""Files that a reader never sees half of, and what a folder of results says of itself."""
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from .errors import InputError, first_line
 
 
 @contextmanager
@@ -32,3 +36,41 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write `data` to `path` in one step."""
     with replacing(path) as temporary:
         temporary.write_bytes(data)
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write flat rows as Parquet in one step; a column that a row lacks is null there."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with replacing(path) as temporary:
+        pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), temporary)
+
+
+def read_json(path: Path) -> Any:
+    """What a file of a run holds.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({first_line(error)}): delete it, and it is made again") from None
+
+
+def agree(path: Path, description: Mapping[str, Any]) -> None:
+    """Write what a study is, or check that it is the one that is there.
+
+    Raises:
+        InputError: the folder holds another study.
+    """
+    text = json.dumps(description, indent=1, sort_keys=True) + "\n"
+    if not path.exists():
+        write_atomically(path, text.encode())
+        return
+    there = read_json(path)
+    for name, value in json.loads(text).items():
+        if not isinstance(there, dict) or there.get(name) != value:
+            raise InputError(f"{path.parent} holds a study with another {name.replace('_', ' ')}: use another folder")

@@ -158,13 +158,18 @@ def tune(
 
 def trainer_arguments(model: Any, recipe: Recipe, *, seed: int, folder: Path, progress: bool) -> dict[str, Any]:
     """What a recipe says to the configuration of any of TRL's trainers."""
+    from transformers import TrainingArguments
+
     cuda = next(model.parameters()).device.type == "cuda"
+    # Renamed in transformers 5.2x, where the old name warns. TRL switches it on.
+    names = ("activation_checkpointing", "gradient_checkpointing")
+    checkpoints = next(name for name in names if name in TrainingArguments.__dataclass_fields__)
     return {
         "output_dir": str(folder), "num_train_epochs": recipe.epochs, "learning_rate": recipe.learning_rate,
         "per_device_train_batch_size": recipe.micro_batch_size,
         "gradient_accumulation_steps": recipe.batch_size // recipe.micro_batch_size,
         "lr_scheduler_type": recipe.scheduler, "warmup_steps": recipe.warmup_ratio, "weight_decay": recipe.weight_decay,
-        "max_grad_norm": recipe.max_grad_norm, "bf16": recipe.bf16, "use_cpu": not cuda, "gradient_checkpointing": False,
+        "max_grad_norm": recipe.max_grad_norm, "bf16": recipe.bf16, "use_cpu": not cuda, checkpoints: False,
         "logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": not progress, "seed": seed,
         "data_seed": seed, "dataloader_pin_memory": cuda,
     }  # fmt: skip

@@ -53,7 +53,9 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     p.add_argument("--no-figures", action="store_true", help="draw nothing")
     p.add_argument("--synthetic", action="store_true", help="the study on synthetic data, from pre-training on; needs no model")
     p.add_argument("--seeds", default="0,1,2", help="of --synthetic (default: %(default)s)")
-    p.add_argument("--workers", type=int, help="of --synthetic: processes that share the seeds (default: one for each core)")
+    p.add_argument(
+        "--workers", type=int, help="of --synthetic: processes that share the work (default: one for each core, at most 8)"
+    )
     p.set_defaults(run=run)
 
 
@@ -79,7 +81,7 @@ def _synthetic(args: argparse.Namespace) -> int:
     from ..engine.loading import default_device
     from ..mechanistic.study import run_synthetic
 
-    workers = args.workers or (min(len(seeds), os.cpu_count() or 1) if default_device() == "cpu" else 1)
+    workers = args.workers or (min(os.cpu_count() or 1, 8) if default_device() == "cpu" else 1)
     args.out.mkdir(parents=True, exist_ok=True)
     summary = run_synthetic(args.out, seeds, workers=workers, progress=not args.quiet)
     if args.json:

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from ..engine.layers import blocks
 from ..errors import InputError
-from ..files import replacing
+from ..figures import draw_svgs, plain
 from .analyses import (
     Prompts,
     Row,
@@ -168,29 +169,19 @@ def draw_pictures(folder: Path, pictures: Mapping[str, Picture]) -> list[Path]:
     Raises:
         InputError: matplotlib is not installed.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError("figures need matplotlib: run  pip install 'hf-safefilter[validate]', or pass --no-figures") from error
-    paths = []
-    for name, (rows, value, axis, by, label, nothing) in pictures.items():
-        if not any(r.get(value) is not None for r in rows):
-            continue
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        ax = figure.add_subplot()
-        for key in dict.fromkeys(tuple(str(r[b]) for b in by) for r in rows):
-            _line(ax, [r for r in rows if tuple(str(r[b]) for b in by) == key], value, axis, ", ".join(key))
-        if nothing is not None:
-            ax.axhline(nothing, color="#888", linestyle=":")
-        ax.set_xlabel({"alpha": "share of the update", "layer": "block", "radius": "length of the soft tokens"}.get(axis, ""))
-        ax.set_ylabel(label)
-        ax.legend(fontsize=8)
-        # Equal results, equal files: no date, and names within the file that are not random.
-        with replacing(folder / f"{name}.svg") as temporary, rc_context({"svg.hashsalt": name}):
-            figure.savefig(temporary, format="svg", metadata={"Date": None})
-        paths.append(folder / f"{name}.svg")
-    return paths
+    shown = {name: picture for name, picture in pictures.items() if any(r.get(picture[1]) is not None for r in picture[0])}
+    return draw_svgs(folder, {name: partial(_plot, picture) for name, picture in shown.items()})
+
+
+def _plot(picture: Picture, ax: Any) -> None:
+    rows, value, axis, by, label, nothing = picture
+    for key in dict.fromkeys(tuple(str(r[b]) for b in by) for r in rows):
+        _line(ax, [r for r in rows if tuple(str(r[b]) for b in by) == key], value, axis, ", ".join(key))
+    if nothing is not None:
+        ax.axhline(nothing, color="#888", linestyle=":")
+    ax.set_xlabel({"alpha": "share of the update", "layer": "block", "radius": "length of the soft tokens"}.get(axis, ""))
+    ax.set_ylabel(label)
+    ax.legend(fontsize=8)
 
 
 def _line(ax: Any, rows: Sequence[Row], value: str, axis: str, label: str) -> None:
@@ -203,8 +194,7 @@ def _line(ax: Any, rows: Sequence[Row], value: str, axis: str, label: str) -> No
         return
     x = list(points)
     y = [mean(float(r[value]) for r in of) for of in points.values()]  # type: ignore[arg-type]
-    label = label.replace("$", r"\$").replace("_", " ")
-    (line,) = ax.plot(x, y, "o" if isinstance(x[0], str) else "o-", markersize=3, label=label)
+    (line,) = ax.plot(x, y, "o" if isinstance(x[0], str) else "o-", markersize=3, label=plain(label))
     one = [of[0] for of in points.values() if len(of) == 1 and of[0].get(f"{value}_low") is not None]
     if len(one) < len(points):
         return

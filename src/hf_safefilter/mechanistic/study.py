@@ -13,11 +13,10 @@ import copy
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,8 @@ from datasets import concatenate_datasets
 from datasets.utils import tqdm
 
 from ..engine.loading import default_device, load, named_spec
-from ..errors import EvaluationError, InputError, first_line
-from ..files import replacing, write_atomically
+from ..errors import EvaluationError, InputError
+from ..files import agree, read_json, write_atomically, write_table
 from ..tuning import Recipe, Tuned
 from .analyses import Row, alignment_table, cluster_separation, group_table, mlp_inputs, shift_table, update_gain
 from .findings import CONTROLS, JAILBREAKS, TUNED, draw_findings, summarize
@@ -43,6 +42,8 @@ from .tuning import (
     pretrain,
     safety_tune,
 )
+
+NAMES = ("base", *CONTROLS, *TUNED)
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def run_synthetic(
         seeds: of weights, training rows and their order; the held-out prompts are the same for all.
         setting: the language and size of model.
         scale: how much.
-        workers: processes that share the seeds, each with one thread; a script needs `if __name__ == "__main__"` for more than
+        workers: processes that share the work, each with one thread; a script needs `if __name__ == "__main__"` for more than
             one. Results do not depend on it.
         progress: whether to show a progress bar.
 
@@ -100,18 +101,21 @@ def run_synthetic(
         raise InputError(f"seeds must be different whole numbers, at least one; got {list(seeds)}")
     for part in ("models", "analyses"):
         (folder / part).mkdir(parents=True, exist_ok=True)
-    _agree(folder / "study.json", {"setting": asdict(setting), "scale": asdict(scale)})
+    agree(folder / "study.json", {"setting": asdict(setting), "scale": asdict(scale)})
     tables: dict[str, list[Row]] = {}
-    work = len(seeds) * 2 * (1 + len(CONTROLS) + len(TUNED))
+    work = 2 * len(seeds) * len(NAMES)
     with _one_thread(), _without_other_bars(), tqdm(total=work, disable=None if progress else True, unit="step") as bar:
         if workers > 1:
             _shared(folder, seeds, setting, scale, workers, bar)
         for seed in seeds:
-            for name, found in _Seed(folder, seed, setting, scale, bar).analyses():
-                for table, rows in found.items():
+            one = _Seed(folder, seed, setting, scale, bar)
+            for name in NAMES:
+                one.model(name)
+            for name in NAMES:
+                for table, rows in one.analyses(name).items():
                     tables.setdefault(table, []).extend({"seed": seed, "model": name, **row} for row in rows)
     for table, rows in tables.items():
-        _write_table(folder / f"{table}.parquet", rows)
+        write_table(folder / f"{table}.parquet", rows)
     depth = setting.model["num_hidden_layers"]
     summary = {"seeds": list(seeds), **summarize(tables, depth)}
     write_atomically(folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
@@ -120,24 +124,37 @@ def run_synthetic(
 
 
 def _shared(folder: Path, seeds: Sequence[int], setting: SyntheticSetting, scale: Scale, workers: int, bar: Any) -> None:
-    """Let processes make what is not there yet, a seed each, and show how many models and analyses there are."""
+    """Let processes make what is not there yet, and show how many models and analyses there are.
+
+    A seed's base comes first, then its models in any order, then its analyses, which compare them.
+    """
+    kept = [path for seed in seeds for name in NAMES for path in _places(folder, seed, name)]
+    stages = [[("model", NAMES[0])], [("model", name) for name in NAMES[1:]], [("analyses", name) for name in NAMES]]
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        running = {pool.submit(_make, folder, seed, setting, scale) for seed in seeds}
+        ahead = {seed: iter(stages) for seed in seeds}
+        running: dict[int, set[Future[None]]] = {seed: set() for seed in seeds}
         while running:
-            done, running = wait(running, timeout=2, return_when=FIRST_EXCEPTION)
-            names = ("base", *CONTROLS, *TUNED)
-            kept = [path for seed in seeds for name in names for path in _places(folder, seed, name)]
+            for seed in list(running):
+                if not running[seed]:
+                    stage = next(ahead[seed], None)
+                    if stage is None:
+                        del running[seed]
+                        continue
+                    running[seed] = {pool.submit(_make, folder, seed, setting, scale, what, name) for what, name in stage}
+            done, _ = wait(set().union(*running.values()), timeout=2, return_when=FIRST_COMPLETED)
             bar.n = sum(path.exists() for path in kept)
-            bar.set_description(f"{len(running)} seeds at work")
+            bar.set_description(f"{workers} processes")
             for future in done:
+                if future.exception():
+                    pool.shutdown(cancel_futures=True)
                 future.result()  # what went wrong there goes wrong here
+            running = {seed: futures - done for seed, futures in running.items()}
     bar.reset()
 
 
-def _make(folder: Path, seed: int, setting: SyntheticSetting, scale: Scale) -> None:
+def _make(folder: Path, seed: int, setting: SyntheticSetting, scale: Scale, what: str, name: str) -> None:
     with _one_thread(), _without_other_bars(), tqdm(disable=True) as bar:
-        for _ in _Seed(folder, seed, setting, scale, bar).analyses():
-            pass
+        getattr(_Seed(folder, seed, setting, scale, bar), what)(name)
 
 
 def _places(folder: Path, seed: int, name: str) -> tuple[Path, Path]:
@@ -152,32 +169,37 @@ class _Seed:
         self.folder, self.seed, self.setting, self.scale, self.bar = folder, seed, setting, scale, bar
         self.tokenizer = make_tokenizer(setting)
         self.probes = {kind: make_split(kind, scale.prompts, 1, setting) for kind in KINDS if kind != "pretrain"}
+        self._loaded: dict[str, Any] = {}
         self.ids = {kind: self.tokenizer(list(split["prompt"]))["input_ids"] for kind, split in self.probes.items()}
 
-    def analyses(self) -> Iterator[tuple[str, dict[str, list[Row]]]]:
-        """The tables of each model by its name."""
-        base = self._model("base", self._pretrained)
-        tuned = {name: self._model(name, partial(self._tuned, base, name)) for name in (*CONTROLS, *TUNED)}
-        controls = {name: tuned[name] for name in CONTROLS}
-        yield "base", self._kept("base", partial(self._of_model, base))
-        for name, model in tuned.items():
-            others = {n: c for n, c in controls.items() if n != name}
-            yield name, self._kept(name, partial(self._of_tuned, base, model, others))
+    def model(self, name: str) -> Any:
+        """A model by its name, trained if it is not there."""
+        if name not in self._loaded:
+            self.bar.set_description(f"seed {self.seed}: {name}")
+            folder = _places(self.folder, self.seed, name)[0]
+            if not folder.exists():
+                folder.parent.mkdir(exist_ok=True)
+                made = self._pretrained() if name == "base" else self._tuned(name)
+                if made.problem:
+                    raise EvaluationError(f"seed {self.seed}, {name}: {made.problem}")
+                with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+                    made.model.save_pretrained(Path(temporary) / name)
+                    self.tokenizer.save_pretrained(Path(temporary) / name)
+                    os.replace(Path(temporary) / name, folder)  # whole or not at all
+            self.bar.update()
+            self._loaded[name] = load(named_spec(str(folder), dtype="float32"), default_device())[0]
+        return self._loaded[name]
 
-    def _model(self, name: str, make: Callable[[], Tuned]) -> Any:
-        self.bar.set_description(f"seed {self.seed}: {name}")
-        folder = _places(self.folder, self.seed, name)[0]
-        if not folder.exists():
-            folder.parent.mkdir(exist_ok=True)
-            made = make()
-            if made.problem:
-                raise EvaluationError(f"seed {self.seed}, {name}: {made.problem}")
-            with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-                made.model.save_pretrained(Path(temporary) / name)
-                self.tokenizer.save_pretrained(Path(temporary) / name)
-                os.replace(Path(temporary) / name, folder)  # whole or not at all
+    def analyses(self, name: str) -> dict[str, list[Row]]:
+        """The tables of a model by their names, made if they are not there."""
+        self.bar.set_description(f"seed {self.seed}: analyses of {name}")
+        path = _places(self.folder, self.seed, name)[1]
+        if not path.exists():
+            found = self._of_model(self.model(name)) if name == "base" else self._of_tuned(name)
+            write_atomically(path, json.dumps(found).encode())
         self.bar.update()
-        return load(named_spec(str(folder), dtype="float32"), default_device())[0]
+        kept: dict[str, list[Row]] = read_json(path)
+        return kept
 
     def _pretrained(self) -> Tuned:
         with tempfile.TemporaryDirectory() as scratch:
@@ -186,7 +208,7 @@ class _Seed:
                 recipe=self.scale.pretraining, progress=False,
             )  # fmt: skip
 
-    def _tuned(self, base: Any, name: str) -> Tuned:
+    def _tuned(self, name: str) -> Tuned:
         method, _, size = name.partition("-")
         kinds = {"benign": ("safe", "safe"), "new": ("safe", "new")}.get(name, ("safe", "unsafe"))
         # Even: the half of the texts that is not held out. Two splits of one kind differ by seed.
@@ -196,21 +218,9 @@ class _Seed:
         recipe = replace(self.scale.tuning, learning_rate=self.scale.rates[size])
         with tempfile.TemporaryDirectory() as scratch:
             return safety_tune(
-                copy.deepcopy(base), self.tokenizer, concatenate_datasets(splits), method, size, recipe=recipe, seed=self.seed,
-                folder=Path(scratch), progress=False,
+                copy.deepcopy(self.model("base")), self.tokenizer, concatenate_datasets(splits), method, size, recipe=recipe,
+                seed=self.seed, folder=Path(scratch), progress=False,
             )  # fmt: skip
-
-    def _kept(self, name: str, make: Callable[[], dict[str, list[Row]]]) -> dict[str, list[Row]]:
-        self.bar.set_description(f"seed {self.seed}: analyses of {name}")
-        path = _places(self.folder, self.seed, name)[1]
-        if not path.exists():
-            write_atomically(path, json.dumps(make()).encode())
-        self.bar.update()
-        try:
-            found: dict[str, list[Row]] = json.loads(path.read_text("utf-8"))
-        except ValueError as error:
-            raise InputError(f"{path} is damaged ({first_line(error)}): delete it, and it is made again") from None
-        return found
 
     def _rates(self, model: Any, count: int) -> dict[str, AnswerRates]:
         """Of the first prompts of each kind, answered together: a short batch takes as long as a full one."""
@@ -230,7 +240,9 @@ class _Seed:
             "attack": [{"radius": radius, "success": sum(won) / len(won), "n": len(won)} for radius, won in attacks.items()],
         }
 
-    def _of_tuned(self, base: Any, tuned: Any, controls: dict[str, Any]) -> dict[str, list[Row]]:
+    def _of_tuned(self, name: str) -> dict[str, list[Row]]:
+        base, tuned = self.model("base"), self.model(name)
+        controls = {n: self.model(n) for n in CONTROLS if n != name}
         safe, unsafe = (mlp_inputs(tuned, self.ids[side]) for side in ("safe", "unsafe"))
         rates = self._rates(tuned, self.scale.prompts)
 
@@ -271,21 +283,3 @@ def _without_other_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _agree(path: Path, description: dict[str, Any]) -> None:
-    """Write what the study is, or check that it is the one that is there."""
-    text = json.dumps(description, indent=1, sort_keys=True) + "\n"
-    if not path.exists():
-        write_atomically(path, text.encode())
-    elif path.read_text("utf-8") != text:
-        raise InputError(f"{path.parent} holds another study (see {path.name}); use another folder")
-
-
-def _write_table(path: Path, rows: Sequence[Row]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with replacing(path) as temporary:
-        pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), temporary)

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
-from ..files import replacing
+from ..figures import draw_svgs, plain
 
 
 def draw_figures(folder: Path, summary: Mapping[str, Any], described: Sequence[Mapping[str, Any]]) -> list[Path]:
@@ -23,10 +22,6 @@ def draw_figures(folder: Path, summary: Mapping[str, Any], described: Sequence[M
     Raises:
         InputError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError("figures need matplotlib: run  pip install 'hf-safefilter[validate]', or pass --no-figures") from error
     arms = {n: a for n, a in summary["arms"].items() if a["attack_success_rate"] and not n.startswith(("subset_", "bin_"))}
     plots: dict[str, Any] = {"arms": lambda ax: _intervals(ax, {n: a["attack_success_rate"] for n, a in arms.items()})}
     if summary["bins"]:
@@ -37,16 +32,7 @@ def draw_figures(folder: Path, summary: Mapping[str, Any], described: Sequence[M
         found = {name: of["margin"] for name, of in summary["datamodel"].items()}
         plots["datamodel"] = lambda ax: _correlations(ax, found)
     plots["patterns"] = lambda ax: _patterns(ax, described)
-    paths = []
-    for name, plot in plots.items():
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        plot(figure.add_subplot())
-        path = folder / f"{name}.svg"
-        with replacing(path) as temporary:
-            # Without a date, so that equal results give equal files.
-            figure.savefig(temporary, format="svg", metadata={"Date": None})
-        paths.append(path)
-    return paths
+    return draw_svgs(folder, plots)
 
 
 def _intervals(ax: Any, estimates: Mapping[str, Mapping[str, Any]]) -> None:
@@ -57,7 +43,7 @@ def _intervals(ax: Any, estimates: Mapping[str, Mapping[str, Any]]) -> None:
         [max(0.0, 100 * estimates[n]["interval"][1] - m) for m, n in zip(means, names, strict=True)],
     ]
     ax.errorbar(means, range(len(names)), xerr=spread, fmt="o", capsize=3, color="#b03030")
-    ax.set_yticks(range(len(names)), [_plain(n) for n in names])
+    ax.set_yticks(range(len(names)), [plain(n) for n in names])
     ax.invert_yaxis()
     ax.set_xlim(-2, 102)
     ax.set_xlabel("harmful requests answered, % (95% interval)")
@@ -72,7 +58,7 @@ def _bins(ax: Any, summary: Mapping[str, Any]) -> None:
             for i in range(1, 6)
         ]
         means = [100 * f["mean"] for f in found]
-        ax.plot(range(1, 6), means, marker="o", label=_plain(column))
+        ax.plot(range(1, 6), means, marker="o", label=plain(column))
         ax.fill_between(range(1, 6), *([100 * f["interval"][side] for f in found] for side in (0, 1)), alpha=0.15)
     ax.set_xticks(range(1, 6), ["riskiest\nfifth", "2", "3", "4", "least\nrisky"])
     ax.set_ylabel("harmful requests answered, %")
@@ -90,7 +76,7 @@ def _defence(ax: Any, arms: Mapping[str, Any]) -> None:
         low, high = (100 * v for v in arm["attack_success_rate"]["interval"])
         color = "#b03030" if name.startswith("filtered") else "#3060a0" if name.startswith("random") else "#303030"
         ax.errorbar([x], [y], yerr=[[max(0.0, y - low)], [max(0.0, high - y)]], fmt="o", capsize=3, color=color)
-        ax.annotate(_plain(name), (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
+        ax.annotate(plain(name), (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
     ax.set_xlabel("held-out loss, nats per token (lower: the task was learned)")
     ax.set_ylabel("harmful requests answered, %")
     ax.set_ylim(-2, 102)
@@ -103,7 +89,7 @@ def _correlations(ax: Any, found: Mapping[str, Mapping[str, Any]]) -> None:
         ax.plot([low, high], [i, i], color="#3060a0")
         ax.plot([found[name]["spearman"]], [i], "o", color="#3060a0")
     ax.axvline(0, color="#888", linewidth=0.8)
-    ax.set_yticks(range(len(names)), [_plain(n) for n in names], fontsize=7)
+    ax.set_yticks(range(len(names)), [plain(n) for n in names], fontsize=7)
     ax.invert_yaxis()
     ax.set_xlabel("rank correlation of a subset's mean score with the margin lost (95% interval)")
 
@@ -115,12 +101,7 @@ def _patterns(ax: Any, described: Sequence[Mapping[str, Any]]) -> None:
     for j, feature in enumerate(features):
         at = [i + (j - (len(features) - 1) / 2) * width for i in range(len(shown))]
         ax.barh(at, [100 * d[feature] for d in shown], height=width, label=feature.replace("_", " "))
-    ax.set_yticks(range(len(shown)), [f"{_plain(d['group'])} ({d['words']:.0f} words)" for d in shown], fontsize=8)
+    ax.set_yticks(range(len(shown)), [f"{plain(d['group'])} ({d['words']:.0f} words)" for d in shown], fontsize=8)
     ax.invert_yaxis()
     ax.set_xlabel("% of rows (median words in brackets)")
     ax.legend(fontsize=8)
-
-
-def _plain(name: str) -> str:
-    """A label: no mathtext from a column's name, nothing very long."""
-    return name.replace("$", r"\$").replace("_", " ")[:60]

@@ -19,12 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ..chat import Example
 from ..errors import InputError
-from ..files import replacing, write_atomically
+from ..files import agree, read_json, write_atomically, write_table
 from ..formats import find_layout
 from ..patterns import patterns
 from ..scores.baselines import is_list
@@ -140,7 +138,7 @@ def run(
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "arms").mkdir(exist_ok=True)
-    _agree(folder / STUDY_FILE, _description(subject, made, identity))
+    agree(folder / STUDY_FILE, _description(subject, made, identity))
     held_out = made.encoded(made.held_out)
     found: dict[tuple[str, int], Outcome] = {}
     before = _read(_path(folder, "before", 0), [])
@@ -204,8 +202,7 @@ def write_tables(folder: Path, outcomes: Mapping[str, Sequence[Outcome]]) -> Non
             }
         )  # fmt: skip
     for name, table in ((COMPLETIONS_FILE, completions), (ARMS_FILE, lines)):
-        with replacing(folder / name) as temporary:
-            pq.write_table(pa.Table.from_pylist(table), temporary)
+        write_table(folder / name, table)
 
 
 def groups(made: Plan) -> list[dict[str, Any]]:
@@ -245,17 +242,6 @@ def _description(subject: Subject, made: Plan, identity: Mapping[str, Any]) -> d
     }
 
 
-def _agree(path: Path, description: dict[str, Any]) -> None:
-    """Write the description, or check it against the one that is there."""
-    if not path.exists():
-        write_atomically(path, (json.dumps(description, indent=1, sort_keys=True) + "\n").encode())
-        return
-    there = _json(path)
-    for name, value in json.loads(json.dumps(description)).items():
-        if there.get(name) != value:
-            raise InputError(f"{path.parent} holds a study with another {name.replace('_', ' ')}: use another folder")
-
-
 def _path(folder: Path, arm: str, seed: int) -> Path:
     # Names come from column names: they are hashed where they are not plain.
     plain = re.sub(r"[^\w.-]", "_", arm)
@@ -272,16 +258,9 @@ def _read(path: Path, rows: list[int]) -> Outcome | None:
     if not path.exists():
         return None
     try:
-        outcome = Outcome(**_json(path))
+        outcome = Outcome(**read_json(path))
     except TypeError as error:
         raise InputError(f"{path} is not a run of a study ({error}): delete it to run it again") from None
     if outcome.rows != rows:
         raise InputError(f"{path} was trained on other rows (another score, k or dataset): use another folder")
     return outcome
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}): delete it to run it again") from None
