@@ -122,6 +122,13 @@ def test_a_folder_of_another_study_is_refused(done):
         run_synthetic(done[0], (3,), setting=TINY, scale=replace(SCALE, rows=64), progress=False)
 
 
+@pytest.mark.parametrize(("text", "reason"), [("[]", "holds a study with another scale"), ("{", "study.json is damaged")])
+def test_a_folder_whose_description_is_none_is_refused(text, reason, tmp_path):
+    (tmp_path / "study.json").write_text(text)
+    with pytest.raises(InputError, match=reason):
+        run_synthetic(tmp_path, (3,), setting=TINY, scale=SCALE, progress=False)
+
+
 @pytest.mark.parametrize("seeds", [(), (1, 1)])
 def test_seeds_must_be_different(seeds, tmp_path):
     with pytest.raises(InputError, match="seeds"):
