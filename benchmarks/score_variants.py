@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--adapter", help="none for a model that is whole, such as recipe_search.py --save leaves")
-    parser.add_argument("--dtype", default="auto", help="of weights; a saved checkpoint's own otherwise")
+    parser.add_argument("--dtype", default="auto", help="of weights, as of SafetyRiskScorer")
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--name", default="", help="put after each column, such as _warm for an early checkpoint")

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -96,6 +97,31 @@ def test_variants_of_scores(folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert not any("baseline" in name for name in found.column_names)
     own = json.loads((tmp_path / "scored.anchors.json").read_text())
     assert len(own["harmful"]) == len(own["safe"][0]) == 32
+
+
+def test_four_views_of_a_row(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script("examples/score_by_views.py")
+    rows = [{"prompt": f"Say {w}", "completion": f"{w}, {w} and {w}"} for w in ("red", "blue", "green", "grey")]
+    rows.insert(2, {"prompt": "Say nothing", "completion": ""})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    model = ["--model", folder / "model", "--adapter", folder / "adapter", "--blocks", 1]
+    named = ["--data", tmp_path / "rows.jsonl", *model]
+    run_main(module, monkeypatch, *named, "--out", tmp_path / "new/scored.parquet")
+    found = pq.read_table(tmp_path / "new/scored.parquet").to_pydict()
+    assert found["risk_status"][2] == "no target: the response is empty"
+    assert found["risk_views"][2] is None
+    kept = [0, 1, 3, 4]
+    ranks = 1 + np.array([[found[name][i] for i in kept] for name in module.VIEWS]).argsort().argsort()
+    assert [found["risk_views"][i] for i in kept] == ranks.mean(axis=0).tolist()
+    # The views differ, and the early checkpoint is another model.
+    assert len({tuple(found[name]) for name in module.VIEWS}) == 4
+    before = (tmp_path / "new/scored.parquet").read_bytes()
+    for name in ("checkpoint", "tune"):
+        monkeypatch.setattr(module, name, None)
+    run_main(module, monkeypatch, *named, "--out", tmp_path / "new/scored.parquet")
+    assert (tmp_path / "new/scored.parquet").read_bytes() == before
+    assert cli.main(["select", str(tmp_path / "new/scored.parquet"), "--by", "risk_views", "-k", "1", "--unscored", "drop",
+                     "-o", str(tmp_path / "risky.jsonl")]) == 0  # fmt: skip
 
 
 def test_the_papers_setting_is_prepared_as_in_the_paper(folder: Path, tmp_path: Path) -> None:
