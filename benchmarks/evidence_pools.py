@@ -1,16 +1,19 @@
 """What docs/evidence.md makes of a scored pool.
 
 python benchmarks/evidence_pools.py fuse variants.parquet main.parquet      adds mean ranks, and the gradient score's sides
+python benchmarks/evidence_pools.py join main.parquet more.parquet ...   adds score columns of other files of the same rows
 python benchmarks/evidence_pools.py sample main.parquet defence.parquet     600 scored rows drawn at random
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
 
+from hf_safefilter.files import replacing
 from hf_safefilter.select import score_values
 
 COLUMN, OTHERS = "risk_fusion", ["risk_margin_step_adam", "risk_refusal_direction"]
@@ -32,6 +35,15 @@ def fuse(ds: Dataset) -> Dataset:
     return ds
 
 
+def join(ds: Dataset, more: Dataset) -> Dataset:
+    """With the score columns that only the other has; both have the same rows."""
+    if any(ds[name][:] != more[name][:] for name in ("prompt", "completion")):
+        raise SystemExit("these files have other rows")
+    for name in [n for n in more.column_names if n.startswith("risk_") and n not in ds.column_names]:
+        ds = ds.add_column(name, more[name][:])
+    return ds
+
+
 def sample(ds: Dataset, rows: int, seed: int) -> Dataset:
     """Some of the rows that have a score, in their order."""
     scored = np.flatnonzero(np.isfinite(score_values(ds, [COLUMN])))
@@ -40,14 +52,21 @@ def sample(ds: Dataset, rows: int, seed: int) -> Dataset:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["fuse", "sample"])
+    parser.add_argument("what", choices=["fuse", "join", "sample"])
     parser.add_argument("scored")
-    parser.add_argument("out")
+    parser.add_argument("out", nargs="+", help="the file to write; of join the files to take columns from, into the first")
     parser.add_argument("--rows", type=int, default=600)
     parser.add_argument("--seed", type=int, default=7)
     args = parser.parse_args()
-    ds = Dataset.from_parquet(args.scored)
-    (fuse(ds) if args.what == "fuse" else sample(ds, args.rows, args.seed)).to_parquet(args.out)
+    ds = Dataset.from_parquet(args.scored, keep_in_memory=True)
+    if args.what == "join":
+        for file in args.out:
+            ds = join(ds, Dataset.from_parquet(file))
+    else:
+        ds = fuse(ds) if args.what == "fuse" else sample(ds, args.rows, args.seed)
+    out = Path(args.scored if args.what == "join" else args.out[0])
+    with replacing(out) as temporary:
+        ds.to_parquet(str(temporary))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -97,6 +98,29 @@ def test_variants_of_scores(folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert not any("baseline" in name for name in found.column_names)
     own = json.loads((tmp_path / "scored.anchors.json").read_text())
     assert len(own["harmful"]) == len(own["safe"][0]) == 32
+
+
+def test_pools_are_fused_joined_and_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script("benchmarks/evidence_pools.py")
+    rows = {"prompt": [f"p{i}" for i in range(6)], "completion": list("abcdef")}
+    paper, balanced = [3.0, 1.0, 2.0, None, 5.0, 4.0], [2.0, 1.0, 0.5, None, 4.0, 3.0]
+    scores = {"risk_gradient": paper, "risk_gradient_balanced": balanced}
+    scores |= {name: [float(i) for i in range(6)] for name in module.OTHERS}
+    pq.write_table(pa.table(rows | scores), tmp_path / "scored.parquet")
+    run_main(module, monkeypatch, "fuse", tmp_path / "scored.parquet", tmp_path / "main.parquet")
+    fused = pq.read_table(tmp_path / "main.parquet").to_pydict()
+    assert fused["risk_harmful_only"][:3] == [1.0, 1.0, -1.0]  # 2 x balanced - paper
+    # Without row 3, ranks 3 2 1 5 4 by the balanced score and 1 to 5 by both others.
+    assert fused["risk_fusion"] == [pytest.approx(v) if v else None for v in (5 / 3, 2.0, 7 / 3, None, 13 / 3, 14 / 3)]
+    pq.write_table(pa.table(rows | {"risk_late": paper, "risk_fusion": [0.0] * 6}), tmp_path / "more.parquet")
+    run_main(module, monkeypatch, "join", tmp_path / "main.parquet", tmp_path / "more.parquet")
+    joined = pq.read_table(tmp_path / "main.parquet").to_pydict()
+    assert joined == fused | {"risk_late": paper}
+    run_main(module, monkeypatch, "sample", tmp_path / "main.parquet", tmp_path / "few.parquet", "--rows", 5)
+    assert pq.read_table(tmp_path / "few.parquet")["prompt"].to_pylist() == ["p0", "p1", "p2", "p4", "p5"]
+    pq.write_table(pa.table(rows | {"prompt": list("uvwxyz")}), tmp_path / "other.parquet")
+    with pytest.raises(SystemExit, match="other rows"):
+        run_main(module, monkeypatch, "join", tmp_path / "main.parquet", tmp_path / "other.parquet")
 
 
 def test_four_views_of_a_row(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
