@@ -1,7 +1,7 @@
 """What docs/evidence.md makes of a scored pool.
 
 python benchmarks/evidence_pools.py fuse variants.parquet main.parquet      adds mean ranks, and the gradient score's sides
-python benchmarks/evidence_pools.py join main.parquet more.parquet ...   adds score columns of other files of the same rows
+python benchmarks/evidence_pools.py join main.parquet more.parquet ... out.parquet   adds score columns of the same rows
 python benchmarks/evidence_pools.py sample main.parquet defence.parquet     600 scored rows drawn at random
 """
 
@@ -54,18 +54,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["fuse", "join", "sample"])
     parser.add_argument("scored")
-    parser.add_argument("out", nargs="+", help="the file to write; of join the files to take columns from, into the first")
+    parser.add_argument("more", nargs="*", help="of join: further files of the same rows")
+    parser.add_argument("out", type=Path)
     parser.add_argument("--rows", type=int, default=600)
     parser.add_argument("--seed", type=int, default=7)
     args = parser.parse_args()
     ds = Dataset.from_parquet(args.scored, keep_in_memory=True)
-    if args.what == "join":
-        for file in args.out:
-            ds = join(ds, Dataset.from_parquet(file))
-    else:
+    if args.what != "join" and args.more:
+        parser.error(f"{args.what} takes one file")
+    for file in args.more:
+        ds = join(ds, Dataset.from_parquet(file))
+    if args.what != "join":
         ds = fuse(ds) if args.what == "fuse" else sample(ds, args.rows, args.seed)
-    out = Path(args.scored if args.what == "join" else args.out[0])
-    with replacing(out) as temporary:
+    with replacing(args.out) as temporary:
         ds.to_parquet(str(temporary))
 
 

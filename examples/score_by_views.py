@@ -20,7 +20,7 @@ from datasets import Dataset
 
 from hf_safefilter import SafetyRiskScorer
 from hf_safefilter.engine.loading import default_device, load, named_spec
-from hf_safefilter.files import replacing
+from hf_safefilter.files import agree, replacing
 from hf_safefilter.formats import find_layout
 from hf_safefilter.select import score_values
 from hf_safefilter.tuning import tune
@@ -61,6 +61,9 @@ def main() -> None:
     rows = Dataset.from_json(args.data)
     beside = args.out.with_suffix(".views")
     beside.mkdir(parents=True, exist_ok=True)
+    # An early checkpoint of other rows or another model is not to be taken for this one's.
+    made_from = {name: getattr(args, name) for name in ("model", "adapter", "max_length", "rows", "learning_rate")}
+    agree(beside / "warm.json", made_from | {"data": rows._fingerprint})
     if not (beside / "warm").exists():
         checkpoint(rows, args, beside / "warm")
     given = {"adapter": args.adapter, "max_length": args.max_length, "anchors": args.anchors}

@@ -19,6 +19,7 @@ from training import BENIGN, HARMFUL, pad_tokenizer, refusing_model
 
 from hf_safefilter import cli
 from hf_safefilter.chat import ChatEncoder
+from hf_safefilter.errors import InputError
 from hf_safefilter.formats import find_layout, to_conversation
 
 ROOT = Path(__file__).parent.parent
@@ -113,14 +114,17 @@ def test_pools_are_fused_joined_and_sampled(tmp_path: Path, monkeypatch: pytest.
     # Without row 3, ranks 3 2 1 5 4 by the balanced score and 1 to 5 by both others.
     assert fused["risk_fusion"] == [pytest.approx(v) if v else None for v in (5 / 3, 2.0, 7 / 3, None, 13 / 3, 14 / 3)]
     pq.write_table(pa.table(rows | {"risk_late": paper, "risk_fusion": [0.0] * 6}), tmp_path / "more.parquet")
-    run_main(module, monkeypatch, "join", tmp_path / "main.parquet", tmp_path / "more.parquet")
+    run_main(module, monkeypatch, "join", tmp_path / "main.parquet", tmp_path / "more.parquet", tmp_path / "main.parquet")
     joined = pq.read_table(tmp_path / "main.parquet").to_pydict()
     assert joined == fused | {"risk_late": paper}
     run_main(module, monkeypatch, "sample", tmp_path / "main.parquet", tmp_path / "few.parquet", "--rows", 5)
     assert pq.read_table(tmp_path / "few.parquet")["prompt"].to_pylist() == ["p0", "p1", "p2", "p4", "p5"]
     pq.write_table(pa.table(rows | {"prompt": list("uvwxyz")}), tmp_path / "other.parquet")
     with pytest.raises(SystemExit, match="other rows"):
-        run_main(module, monkeypatch, "join", tmp_path / "main.parquet", tmp_path / "other.parquet")
+        run_main(module, monkeypatch, "join", tmp_path / "main.parquet", tmp_path / "other.parquet", tmp_path / "none.parquet")
+    with pytest.raises(SystemExit):
+        run_main(module, monkeypatch, "fuse", tmp_path / "main.parquet", tmp_path / "more.parquet", tmp_path / "none.parquet")
+    assert not (tmp_path / "none.parquet").exists()
 
 
 def test_four_views_of_a_row(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,6 +148,8 @@ def test_four_views_of_a_row(folder: Path, tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setattr(module, name, None)
     run_main(module, monkeypatch, *named, "--out", tmp_path / "new/scored.parquet")
     assert (tmp_path / "new/scored.parquet").read_bytes() == before
+    with pytest.raises(InputError, match="another learning rate"):
+        run_main(module, monkeypatch, *named, "--learning-rate", "1e-5", "--out", tmp_path / "new/scored.parquet")
     assert cli.main(["select", str(tmp_path / "new/scored.parquet"), "--by", "risk_views", "-k", "1", "--unscored", "drop",
                      "-o", str(tmp_path / "risky.jsonl")]) == 0  # fmt: skip
 
