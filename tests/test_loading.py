@@ -13,7 +13,7 @@ from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 
 from hf_safefilter import AnchorSet, SafetyRiskScorer
-from hf_safefilter.engine.loading import resolve_dtype
+from hf_safefilter.engine.loading import load, named_spec, resolve_dtype
 from hf_safefilter.errors import InputError
 from hf_safefilter.testing import tiny_model, tiny_tokenizer
 
@@ -152,6 +152,16 @@ def test_dtypes():
     assert resolve_dtype("auto", "mps") == "float32"
     with pytest.raises(InputError, match="dtype must be 'auto', 'float32'"):
         resolve_dtype("int4", None)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_16_bits_on_a_processor_that_is_slow_at_them(model_folder, anchors, fast, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": fast})
+    load(named_spec(str(model_folder), dtype="bfloat16"), "cpu")
+    assert ("multiplies bfloat16 many times slower than float32" in caplog.text) is not fast
+    caplog.clear()
+    load(named_spec(str(model_folder), dtype="auto"), "cpu")
+    assert not caplog.records
 
 
 def test_bfloat16_is_close(model_folder, anchors):

@@ -91,13 +91,13 @@ def test_the_demo_says_how_to_install_its_model(capsys, monkeypatch):
 
 
 def test_the_built_in_adapter_refuses_as_its_card_says():
-    """Measured here in bfloat16 on the monitor prompts, none of which it was taught."""
+    """Measured here, in bfloat16 where the processor is fast at it, on the monitor prompts, none of which it was taught."""
     adapter = Path(demo_adapter())
     assert (adapter / "adapter_model.safetensors").stat().st_size < 4_000_000
     account = json.loads((adapter / "align.json").read_text())
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == account["model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    model, tokenizer = load(named_spec(demo_model(), adapter=adapter, dtype="bfloat16"), "cpu")
+    model, tokenizer = load(named_spec(demo_model(), adapter=adapter), "cpu")
     check = RefusalMonitor(tokenizer, margin=False).check(model, perplexity=False)
     # Other processors round otherwise: a near tie may fall the other way.
     assert check.harmful.rate == pytest.approx(account["after"]["monitor harmful"]["rate"], abs=0.05)

@@ -41,7 +41,7 @@ def harmless(example):
 @pytest.fixture(scope="module")
 def aligned(example, harmless, tmp_path_factory):
     """As the example does it, in fewer steps."""
-    model, tokenizer = load(named_spec(demo_model(), dtype="bfloat16"), "cpu")
+    model, tokenizer = load(named_spec(demo_model()), "cpu")
     refusals = [example.chat(d) for side in AnchorSet.load().safe for d in side]
     lessons = Dataset.from_list(refusals + [example.chat(d) for d in harmless_requests()] + list(harmless.select(range(32))))
     options = {"output_dir": str(tmp_path_factory.mktemp("align")), "learning_rate": 1e-3, "max_steps": 32, "report_to": "none"}

@@ -20,7 +20,7 @@ from hf_safefilter.errors import EvaluationError, InputError
 from hf_safefilter.formats import Conversation
 from hf_safefilter.patterns import describe, patterns
 from hf_safefilter.select import spearman
-from hf_safefilter.tuning import Recipe, StepSampler, tune
+from hf_safefilter.tuning import Recipe, StepSampler, trainer_arguments, tune
 from hf_safefilter.validate import AttackRecipe, Evaluation, Subject, groups, plan, run, summarize, write_tables
 from hf_safefilter.validate.arms import Pool, draw, expand
 from hf_safefilter.validate.statistics import correlation, difference, kept, monotone, success
@@ -363,11 +363,29 @@ def test_an_interrupted_study_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     assert json.dumps(strip(resumed)) == json.dumps(strip(whole))
 
 
-def test_models_are_measured_in_16_bits_without_rounding_their_positions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`model.to(bfloat16)` rounds rotary frequencies too, which loading in bfloat16 does not."""
-    from hf_safefilter.validate import attack
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_precision_follows_the_processor_unless_told(fast: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A CPU without instructions for bfloat16 takes fourteen times as long with it as in float32."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": fast, "amx_bf16": False, "bf16": False})
+    s = subject(bf16=None)
+    assert s.recipe.bf16 is fast
+    assert {p.dtype for p in s._deployed(s.model).parameters()} == {torch.bfloat16 if fast else torch.float32}
+    assert trainer_arguments(s.model, Recipe(), seed=0, folder=tmp_path, progress=False)["bf16"] is fast
+    assert subject(bf16=not fast).recipe.bf16 is not fast
+    assert AttackRecipe().on("cuda").bf16 is True
+    assert AttackRecipe().on("mps").bf16 is False
 
-    monkeypatch.setattr(attack, "resolve_dtype", lambda *_: "bfloat16")
+
+def test_a_study_of_another_precision_says_so(tmp_path: Path) -> None:
+    s = subject(epochs=1, seeds=(0,))
+    made = plan(s, scored_rows(), arms=["top"], k=4)
+    run(s, made, tmp_path, {"model": "tiny"})
+    with pytest.raises(InputError, match=r"another recipe \(bf16: False there, True here\)"):
+        run(subject(epochs=1, seeds=(0,), bf16=True), made, tmp_path, {"model": "tiny"})
+
+
+def test_models_are_measured_in_16_bits_without_rounding_their_positions() -> None:
+    """`model.to(bfloat16)` rounds rotary frequencies too, which loading in bfloat16 does not."""
     s = subject(bf16=True)
     deployed = s._deployed(s.model)
     assert {p.dtype for p in deployed.parameters()} == {torch.bfloat16}

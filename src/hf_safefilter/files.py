@@ -72,5 +72,10 @@ def agree(path: Path, description: Mapping[str, Any]) -> None:
         return
     there = read_json(path)
     for name, value in json.loads(text).items():
-        if not isinstance(there, dict) or there.get(name) != value:
-            raise InputError(f"{path.parent} holds a study with another {name.replace('_', ' ')}: use another folder")
+        kept = there.get(name) if isinstance(there, dict) else None
+        if kept != value:
+            which = ""
+            if isinstance(kept, dict) and isinstance(value, dict):
+                parts = [f"{n}: {kept[n]!r} there, {value[n]!r} here" for n in value if n in kept and kept[n] != value[n]]
+                which = f" ({parts[0]})" if parts else ""
+            raise InputError(f"{path.parent} holds a study with another {name.replace('_', ' ')}{which}: use another folder")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 from .chat import Example
 from .engine.backward import Targets, inputs, predicting_positions
 from .engine.batching import Batch
+from .engine.loading import resolve_dtype
 from .errors import InputError
 
 try:
@@ -40,7 +41,8 @@ class Recipe:
         warmup_ratio: share of the steps in which the learning rate rises.
         weight_decay: of AdamW.
         max_grad_norm: where gradients are clipped; 0 never.
-        bf16: multiply in bfloat16 (autocast), with weights and optimizer in float32.
+        bf16: multiply in bfloat16 (autocast), with weights and optimizer in float32; `None` where the device is fast at it.
+            A CPU that is not takes an order of magnitude longer than in float32.
 
     Raises:
         InputError: a number out of range, or a micro-batch that does not divide the batch.
@@ -57,7 +59,7 @@ class Recipe:
     warmup_ratio: float = 0.0
     weight_decay: float = 0.0
     max_grad_norm: float = 0.0
-    bf16: bool = True
+    bf16: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "micro_batch_size", "lora_rank", "lora_alpha"):
@@ -74,6 +76,10 @@ class Recipe:
     def steps(self, rows: int) -> int:
         """Optimizer steps over so many rows."""
         return self.epochs * math.ceil(rows / self.batch_size)
+
+    def on(self, device: str) -> Self:
+        """The recipe with `bf16` decided for a device type, such as `cpu`."""
+        return self if self.bf16 is not None else replace(self, bf16=resolve_dtype("auto", device) == "bfloat16")
 
     def as_dict(self) -> dict[str, Any]:
         """As plain values."""
@@ -160,7 +166,8 @@ def trainer_arguments(model: Any, recipe: Recipe, *, seed: int, folder: Path, pr
     """What a recipe says to the configuration of any of TRL's trainers."""
     from transformers import TrainingArguments
 
-    cuda = next(model.parameters()).device.type == "cuda"
+    device = next(model.parameters()).device.type
+    cuda, recipe = device == "cuda", recipe.on(device)
     # Renamed in transformers 5.2x, where the old name warns. TRL switches it on.
     names = ("activation_checkpointing", "gradient_checkpointing")
     checkpoints = next(name for name in names if name in TrainingArguments.__dataclass_fields__)

@@ -45,7 +45,13 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     recipe.add_argument("--max-length", type=int, default=512, help="tokens kept of each row (default: %(default)s)")
     recipe.add_argument("--lora-rank", type=int, help="LoRA on all linear layers instead of full fine-tuning")
     recipe.add_argument("--template", default="chat", help="chat, or he2024: the paper's prompt (default: %(default)s)")
-    recipe.add_argument("--no-bf16", action="store_true", help="multiply in float32 (default: bfloat16, weights in float32)")
+    schedules = ("constant", "linear", "cosine")
+    recipe.add_argument("--scheduler", default="constant", choices=schedules, help="default: %(default)s")
+    recipe.add_argument(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        help="multiply in bfloat16, weights in float32 (default: where fast)",
+    )
     measure = p.add_argument_group("measurement")
     measure.add_argument("--prompts", default="default", help="harmful prompts, a JSON-lines file (default: 64 built-in ones)")
     measure.add_argument("--benign-prompts", default="default", help="harmless look-alikes, likewise, or none")
@@ -72,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = AttackRecipe(
         epochs=args.epochs, learning_rate=args.learning_rate, batch_size=args.batch_size, seeds=seeds,
         micro_batch_size=args.micro_batch_size, max_length=args.max_length, lora_rank=args.lora_rank, template=args.template,
-        bf16=not args.no_bf16,
+        bf16=args.bf16, scheduler=args.scheduler,
     )  # fmt: skip
     evaluation = Evaluation(
         prompts=args.prompts, benign_prompts=None if args.benign_prompts == "none" else args.benign_prompts, judge=args.judge,
@@ -102,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     write_tables(args.out, outcomes)
     account = {
         "command": "validate", "data": args.data, "model": spec.model.name, **identity, "by": next(iter(made.pool.risks)),
-        "recipe": recipe.as_dict(), **summary, "patterns": described, "versions": versions(),
+        "recipe": subject.recipe.as_dict(), **summary, "patterns": described, "versions": versions(),
     }  # fmt: skip
     write_json(args.out / study.SUMMARY_FILE, account)
     if not args.no_figures:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from safetensors import SafetensorError
 
 from ..errors import InputError, first_line
 from .identity import Source, module_stamp, resolve
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -136,6 +139,8 @@ def load(spec: ModelSpec, device: str) -> tuple[Any, Any]:
     if spec.model.kind == "loaded":
         return registered(spec.model), tokenizer
     spread = device == SPREAD
+    if device == "cpu" and spec.dtype in ("bfloat16", "float16") and resolve_dtype("auto", device) == "float32":
+        logger.warning("this processor multiplies %s many times slower than float32, which dtype='auto' takes", spec.dtype)
     model = _load_model(spec, spread)
     if spec.adapter is not None:
         model = _merge_adapter(model, spec.adapter)

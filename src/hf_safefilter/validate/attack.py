@@ -17,7 +17,7 @@ import torch
 
 from ..chat import ChatEncoder, Example
 from ..engine.batching import collate
-from ..engine.loading import context_length, resolve_dtype
+from ..engine.loading import context_length
 from ..engine.passes import Engine, Needs, Reference
 from ..errors import EvaluationError, UnscorableRow
 from ..formats import Layout, to_conversation
@@ -80,6 +80,8 @@ class Subject:
             logger.warning(
                 "full fine-tuning of %s weights: small steps vanish in their rounding; float32 does not lose them", kind
             )
+        # What a study says of itself names the precision that was used.
+        recipe = recipe.on(next(model.parameters()).device.type)
         self.model, self.tokenizer, self.recipe, self.evaluation = model, tokenizer, recipe, evaluation
         length = min(recipe.max_length, context_length(model))
         self.encoder = ChatEncoder(tokenizer, length)
@@ -152,16 +154,15 @@ class Subject:
         batch = collate(examples[: self.recipe.micro_batch_size], next(model.parameters()).device)
         for _ in range(2):
             started = time.perf_counter()
-            with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.recipe.bf16):
+            with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=bool(self.recipe.bf16)):
                 loss = model(input_ids=batch.input_ids, labels=batch.labels, use_cache=False).loss
             loss.backward()
             seconds = time.perf_counter() - started
         return seconds / batch.input_ids.numel()
 
     def _deployed(self, model: Any) -> Any:
-        """The model in the dtype that it would be used in: 16 bits where the device is fast at it."""
-        kind = resolve_dtype("auto", next(model.parameters()).device.type) if self.recipe.bf16 else "float32"
-        wanted = getattr(torch, kind)
+        """The model in the dtype that it would be used in: 16 bits where it is trained with them."""
+        wanted = torch.bfloat16 if self.recipe.bf16 else torch.float32
         if next(model.parameters()).dtype == wanted:
             return model.eval()
         model = copy.deepcopy(model) if model is self.model else model
