@@ -3,19 +3,26 @@
 python benchmarks/evidence_pools.py fuse variants.parquet main.parquet      adds mean ranks, and the gradient score's sides
 python benchmarks/evidence_pools.py join main.parquet more.parquet ... out.parquet   adds score columns of the same rows
 python benchmarks/evidence_pools.py sample main.parquet defence.parquet     600 scored rows drawn at random
+python benchmarks/evidence_pools.py again pool.jsonl benchmarks/results/views again.parquet   risk_again: kept top rows first
+python benchmarks/evidence_pools.py scores main.parquet benchmarks/results/scores.parquet     the scores without the rows
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
+import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
 from hf_safefilter.files import replacing
-from hf_safefilter.select import score_values
+from hf_safefilter.select import score_columns, score_values
 
+HASH = "row_sha256"
 COLUMN, OTHERS = "risk_fusion", ["risk_margin_step_adam", "risk_refusal_direction"]
 
 
@@ -36,8 +43,9 @@ def fuse(ds: Dataset) -> Dataset:
 
 
 def join(ds: Dataset, more: Dataset) -> Dataset:
-    """With the score columns that only the other has; both have the same rows."""
-    if any(ds[name][:] != more[name][:] for name in ("prompt", "completion")):
+    """With the score columns that only the other has; both have the same rows, or the other what `bare` left of them."""
+    known = more[HASH][:] if HASH in more.column_names else [digest(row) for row in more]
+    if known != [digest(row) for row in ds]:
         raise SystemExit("these files have other rows")
     for name in [n for n in more.column_names if n.startswith("risk_") and n not in ds.column_names]:
         ds = ds.add_column(name, more[name][:])
@@ -45,27 +53,53 @@ def join(ds: Dataset, more: Dataset) -> Dataset:
 
 
 def sample(ds: Dataset, rows: int, seed: int) -> Dataset:
-    """Some of the rows that have a score, in their order."""
-    scored = np.flatnonzero(np.isfinite(score_values(ds, [COLUMN])))
-    return ds.select(np.sort(np.random.default_rng(seed).choice(scored, rows, replace=False)))
+    """Some of the rows that have every score, in their order."""
+    scored = np.isfinite([score_values(ds, [name]) for name in score_columns(ds)]).all(axis=0)
+    chosen = np.random.default_rng(seed).choice(np.flatnonzero(scored), rows, replace=False)
+    return ds.select(np.sort(chosen))
+
+
+def again(ds: Dataset, results: Path) -> Dataset:
+    """With a score that puts the rows of a kept study's arm `top` first, in their order, to train on them once more."""
+    runs = [json.loads(line)["run"] for line in gzip.decompress((results / "runs.jsonl.gz").read_bytes()).splitlines()]
+    top = next(run["rows"] for run in runs if run["arm"] == "top")
+    values = np.zeros(len(ds))
+    values[top] = np.arange(len(top), 0, -1)
+    return ds.add_column("risk_again", values.tolist())
+
+
+def bare(ds: Dataset) -> Dataset:
+    """The scores, and a hash of each row to know it by; no text of it."""
+    names = [name for name in ds.column_names if name.startswith("risk_") and name != "risk_status"]
+    return ds.select_columns(names).add_column(HASH, [digest(row) for row in ds])
+
+
+def digest(row: dict[str, Any]) -> str:
+    """What tells a row from others."""
+    return hashlib.sha256(json.dumps([row["prompt"], row["completion"]]).encode()).hexdigest()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["fuse", "join", "sample"])
+    parser.add_argument("what", choices=["fuse", "join", "sample", "again", "scores"])
     parser.add_argument("scored")
-    parser.add_argument("more", nargs="*", help="of join: further files of the same rows")
+    parser.add_argument("more", nargs="*", help="of join: further files of the same rows; of again: the kept study")
     parser.add_argument("out", type=Path)
     parser.add_argument("--rows", type=int, default=600)
     parser.add_argument("--seed", type=int, default=7)
     args = parser.parse_args()
-    ds = Dataset.from_parquet(args.scored, keep_in_memory=True)
-    if args.what != "join" and args.more:
-        parser.error(f"{args.what} takes one file")
-    for file in args.more:
-        ds = join(ds, Dataset.from_parquet(file))
-    if args.what != "join":
-        ds = fuse(ds) if args.what == "fuse" else sample(ds, args.rows, args.seed)
+    ds = (Dataset.from_json if args.scored.endswith(".jsonl") else Dataset.from_parquet)(args.scored, keep_in_memory=True)
+    if len(args.more) != 1 if args.what == "again" else args.more and args.what != "join":
+        parser.error(f"{args.what} takes {'a file and a folder' if args.what == 'again' else 'one file'}")
+    if args.what == "join":
+        for file in args.more:
+            ds = join(ds, Dataset.from_parquet(file))
+    elif args.what == "again":
+        ds = again(ds, Path(args.more[0]))
+    elif args.what == "sample":
+        ds = sample(ds, args.rows, args.seed)
+    else:
+        ds = fuse(ds) if args.what == "fuse" else bare(ds)
     with replacing(args.out) as temporary:
         ds.to_parquet(str(temporary))
 

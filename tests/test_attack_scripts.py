@@ -125,6 +125,25 @@ def test_pools_are_fused_joined_and_sampled(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(SystemExit):
         run_main(module, monkeypatch, "fuse", tmp_path / "main.parquet", tmp_path / "more.parquet", tmp_path / "none.parquet")
     assert not (tmp_path / "none.parquet").exists()
+    # Scores are kept without the rows, and put back beside the same rows only.
+    run_main(module, monkeypatch, "scores", tmp_path / "main.parquet", tmp_path / "bare.parquet")
+    assert not {"prompt", "completion"} & set(pq.read_schema(tmp_path / "bare.parquet").names)
+    lines = [json.dumps(row) + "\n" for row in pa.table(rows).to_pylist()]
+    (tmp_path / "pool.jsonl").write_text("".join(lines))
+    run_main(module, monkeypatch, "join", tmp_path / "pool.jsonl", tmp_path / "bare.parquet", tmp_path / "back.parquet")
+    assert pq.read_table(tmp_path / "back.parquet").to_pydict() == joined
+    (tmp_path / "pool.jsonl").write_text("".join(lines[::-1]))
+    with pytest.raises(SystemExit, match="other rows"):
+        run_main(module, monkeypatch, "join", tmp_path / "pool.jsonl", tmp_path / "bare.parquet", tmp_path / "none.parquet")
+
+
+def test_a_kept_arm_is_trained_on_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script("benchmarks/evidence_pools.py")
+    (tmp_path / "pool.jsonl").write_text("".join(json.dumps({"prompt": p, "completion": p}) + "\n" for p in "abcd"))
+    runs = [{"run": {"arm": arm, "rows": found}} for arm, found in (("random", [0, 1]), ("top", [3, 1]))]
+    (tmp_path / "runs.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, runs)).encode()))
+    run_main(module, monkeypatch, "again", tmp_path / "pool.jsonl", tmp_path, tmp_path / "again.parquet")
+    assert pq.read_table(tmp_path / "again.parquet")["risk_again"].to_pylist() == [0.0, 1.0, 0.0, 2.0]
 
 
 def test_four_views_of_a_row(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
