@@ -70,8 +70,7 @@ def again(ds: Dataset, results: Path) -> Dataset:
 
 def bare(ds: Dataset) -> Dataset:
     """The scores, and a hash of each row to know it by; no text of it."""
-    names = [name for name in ds.column_names if name.startswith("risk_") and name != "risk_status"]
-    return ds.select_columns(names).add_column(HASH, [digest(row) for row in ds])
+    return ds.select_columns(score_columns(ds)).add_column(HASH, [digest(row) for row in ds])
 
 
 def digest(row: dict[str, Any]) -> str:
@@ -89,8 +88,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7)
     args = parser.parse_args()
     ds = (Dataset.from_json if args.scored.endswith(".jsonl") else Dataset.from_parquet)(args.scored, keep_in_memory=True)
-    if len(args.more) != 1 if args.what == "again" else args.more and args.what != "join":
-        parser.error(f"{args.what} takes {'a file and a folder' if args.what == 'again' else 'one file'}")
+    if args.what == "again" and len(args.more) != 1:
+        parser.error("again takes a file and a folder")
+    if args.what not in ("again", "join") and args.more:
+        parser.error(f"{args.what} takes one file")
     if args.what == "join":
         for file in args.more:
             ds = join(ds, Dataset.from_parquet(file))

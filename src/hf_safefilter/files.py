@@ -73,9 +73,15 @@ def agree(path: Path, description: Mapping[str, Any]) -> None:
     there = read_json(path)
     for name, value in json.loads(text).items():
         kept = there.get(name) if isinstance(there, dict) else None
-        if kept != value:
-            which = ""
-            if isinstance(kept, dict) and isinstance(value, dict):
-                parts = [f"{n}: {kept[n]!r} there, {value[n]!r} here" for n in value if n in kept and kept[n] != value[n]]
-                which = f" ({parts[0]})" if parts else ""
+        if not isinstance(there, dict) or kept != value:
+            which = _first_difference(kept, value)
             raise InputError(f"{path.parent} holds a study with another {name.replace('_', ' ')}{which}: use another folder")
+
+
+def _first_difference(there: Any, here: Any) -> str:
+    """Which part of two dicts differs, in brackets; nothing where that is not to be told."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for name in here:
+            if name in there and there[name] != here[name]:
+                return f" ({name}: {there[name]!r} there, {here[name]!r} here)"
+    return ""
