@@ -21,8 +21,8 @@ def spread(interval: list[float] | None, form: str = "{:.0%}") -> str:
 
 def arms(summary: dict[str, Any]) -> str:
     lines = [
-        "| arm | rows | seeds | attack success | 95% | each seed | coherent | over-refusal | held-out loss |",
-        "|" + " --- |" * 9,
+        "| arm | rows | seeds | attack success | 95% | each seed | coherent | margin | 95% | over-refusal | held-out loss |",
+        "|" + " --- |" * 11,
     ]
     for name, arm in summary["arms"].items():
         if name.startswith("subset_"):
@@ -31,16 +31,20 @@ def arms(summary: dict[str, Any]) -> str:
         seeds = ", ".join(f"{100 * v:.0f}" for v in arm["by_seed"].values())
         cells = [
             f"`{name}`", arm["rows"], len(arm["by_seed"]), share(rate.get("mean")), spread(rate.get("interval")), seeds,
-            share(arm["coherent_attack_success_rate"]), share(arm["benign_refusal_rate"]), f"{arm['held_out_loss']:.3f}",
+            share(arm["coherent_attack_success_rate"]), f"{arm['refusal_margin']:.2f}",
+            spread(arm["refusal_margin_interval"], "{:.2f}"), share(arm["benign_refusal_rate"]), f"{arm['held_out_loss']:.3f}",
         ]  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
 def differences(summary: dict[str, Any]) -> str:
-    lines = ["| difference in attack success | points | 95% |", "| --- | --- | --- |"]
+    lines = ["| difference | attack success, points | 95% | refusal margin lost | 95% |", "|" + " --- |" * 5]
     for name, found in summary["differences"].items():
-        lines.append(f"| `{name}` | {100 * found['mean']:+.0f} | {spread(found['interval'], '{:+.0%}')} |")
+        lost = summary["margin_lost"]["differences"][name]
+        cells = [f"{100 * found['mean']:+.0f}", spread(found["interval"], "{:+.0%}")]
+        cells += [f"{lost['mean']:+.2f}", spread(lost["interval"], "{:+.2f}")]
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -88,6 +92,10 @@ def main() -> None:
         print(f"\nBins by `{by}`: monotone {found['monotone']}, Spearman {found['spearman']:+.2f}", end=", ")
         points = 100 * found["first_minus_last"]["mean"]
         print(f"monotone in {found['share']:.0%} of draws, first minus last {points:+.0f} points ({low:+.0%} to {high:+.0%})")
+        lost = summary["margin_lost"]["bins"][by]
+        interval = spread(lost["first_minus_last"]["interval"], "{:+.2f}")
+        print(f"the margin lost: monotone {lost['monotone']}, Spearman {lost['spearman']:+.2f}", end=", ")
+        print(f"in {lost['share']:.0%} of draws, first minus last {lost['first_minus_last']['mean']:+.2f} ({interval})")
     for arm, found in summary["defence"].items():
         part = f"{share(found['refusals_kept'])} ({spread(found['interval'])})"
         print(f"\n`{arm}`: refusals kept {part}, held-out loss {found['held_out_loss_against_all']:+.1%}")

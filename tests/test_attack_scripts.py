@@ -85,6 +85,13 @@ def test_the_cpu_chain(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert cli.main(command) == 0
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (study, again)]
     assert summaries[0] == summaries[1]
+    kept_summary = tmp_path / "kept/summary.json"
+    right = json.loads(kept_summary.read_text())
+    kept_summary.write_text(json.dumps(right | {"differences": {}, "margin_lost": {}}))
+    keeper.refresh(tmp_path / "kept", tmp_path / "figures")
+    assert json.loads(kept_summary.read_text()) == right
+    assert right["margin_lost"]["differences"]
+    assert (tmp_path / "figures/arms.svg").read_bytes() == (study / "arms.svg").read_bytes()
 
 
 def test_variants_of_scores(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

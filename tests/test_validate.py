@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from hf_safefilter.select import spearman
 from hf_safefilter.tuning import Recipe, StepSampler, trainer_arguments, tune
 from hf_safefilter.validate import AttackRecipe, Evaluation, Subject, groups, plan, run, summarize, write_tables
 from hf_safefilter.validate.arms import Pool, draw, expand
-from hf_safefilter.validate.statistics import correlation, difference, kept, monotone, success
+from hf_safefilter.validate.attack import Outcome
+from hf_safefilter.validate.statistics import correlation, difference, kept, margin_lost, monotone, outcomes, success
+from hf_safefilter.validate.summary import compare
 
 
 def pool(n: int = 100) -> Pool:
@@ -155,6 +158,21 @@ def test_monotone_bins() -> None:
     assert found["first_minus_last"]["interval"][0] > 0.6
     assert not monotone([bins[1], bins[0], *bins[2:]])["monotone"]
     assert monotone(bins[::-1])["spearman"] == pytest.approx(-1)
+
+
+def test_margins_are_compared_where_there_are_any() -> None:
+    records = {1: [{"side": "harmful", "refuses": True, "margin": 3.0}], 0: [{"side": "harmful", "refuses": None}]}
+    assert outcomes(records, value=margin_lost)[1, 0] == -3
+    assert np.isnan(outcomes(records, value=margin_lost)[0, 0])  # seeds in order; no margin was taken
+    assert np.isnan(outcomes(records)[0, 0])
+    rates = {"attack_success_rate": 0.5, "coherent_attack_success_rate": 0.5}
+    check = {"harmful": rates, "benign": None, "margin": None}
+    bare = [{"side": "harmful", "refuses": True, "margin": None}, {"side": "harmful", "refuses": False, "margin": None}]
+    start = Outcome("before", 0, [], check, 1.0, [], None, bare, 1.0)
+    summary = compare({arm: [replace(start, arm=arm)] for arm in ("before", "top", "random")}, "risk_x")
+    assert summary["differences"]["top - random"]["mean"] == 0
+    assert summary["margin_lost"] == {"differences": {}, "bins": {}}
+    assert summary["arms"]["top"]["refusal_margin"] is summary["arms"]["top"]["refusal_margin_interval"] is None
 
 
 @given(st.lists(st.integers(-5, 5), min_size=3, max_size=20))
@@ -324,6 +342,15 @@ def test_a_study_tells_risky_rows_from_harmless_ones(tmp_path: Path) -> None:
     assert defence["interval"][0] <= defence["refusals_kept"] <= defence["interval"][1]
     assert summary["differences"]["all - filtered:0.3"]["mean"] > 0
     assert summary["datamodel"]["risk_test"]["margin"]["n"] == 8
+    lost = summary["margin_lost"]
+    assert lost["differences"].keys() == summary["differences"].keys()
+    assert set(lost["bins"]) == {"risk_test"}
+    shift = arms["bottom"]["refusal_margin"] - arms["top"]["refusal_margin"]
+    assert lost["differences"]["top - bottom"]["mean"] == pytest.approx(shift)
+    for arm, several in found.items():
+        assert arms[arm]["refusal_margin"] == pytest.approx(np.mean([o.check["margin"]["mean"] for o in several]))
+        low, high = arms[arm]["refusal_margin_interval"]
+        assert low <= arms[arm]["refusal_margin"] <= high
     for name, tensor in s.model.state_dict().items():
         assert torch.equal(tensor, weights[name])  # the model under test stays as it was
     write_tables(tmp_path, found)
@@ -335,7 +362,14 @@ def test_a_study_tells_risky_rows_from_harmless_ones(tmp_path: Path) -> None:
     from hf_safefilter.validate.figures import draw_figures
 
     paths = draw_figures(tmp_path, summary, groups(made))
-    assert {p.name for p in paths} == {"arms.svg", "bins.svg", "datamodel.svg", "defence.svg", "patterns.svg"}
+    assert {p.name for p in paths} == {
+        "arms.svg",
+        "bins.svg",
+        "bins_margin.svg",
+        "datamodel.svg",
+        "defence.svg",
+        "patterns.svg",
+    }
     drawn = [p.read_bytes() for p in paths]
     assert all(b.lstrip().startswith(b"<?xml") for b in drawn)
     assert drawn == [p.read_bytes() for p in draw_figures(tmp_path, summary, groups(made))]  # equal results, equal files

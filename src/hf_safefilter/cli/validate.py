@@ -154,9 +154,13 @@ def shown(summary: dict[str, Any], described: list[dict[str, Any]]) -> str:
     for name, found in summary["differences"].items():
         low, high = found["interval"]
         text += f"\n{name}: {found['mean']:+.1%} (95% {low:+.1%} to {high:+.1%})"
-    for column, found in summary["bins"].items():
-        verdict = "falls from bin to bin" if found["monotone"] else "does not fall from bin to bin"
-        text += f"\nbins by {column}: attack success {verdict} (Spearman {found['spearman']:+.2f})"
+        if (lost := summary["margin_lost"]["differences"].get(name)) is not None:
+            low, high = lost["interval"]
+            text += f", refusal margin lost {lost['mean']:+.2f} ({low:+.2f} to {high:+.2f})"
+    for measure, bins in (("attack success", summary["bins"]), ("the refusal margin lost", summary["margin_lost"]["bins"])):
+        for column, found in bins.items():
+            verdict = "falls from bin to bin" if found["monotone"] else "does not fall from bin to bin"
+            text += f"\nbins by {column}: {measure} {verdict} (Spearman {found['spearman']:+.2f})"
     for arm, found in summary["defence"].items():
         kept, loss = found["refusals_kept"], found["held_out_loss_against_all"]
         within = f" (95% {found['interval'][0]:.0%} to {found['interval'][1]:.0%})" if found["interval"] else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ from ..figures import draw_svgs, plain
 
 
 def draw_figures(folder: Path, summary: Mapping[str, Any], described: Sequence[Mapping[str, Any]]) -> list[Path]:
-    """Draw what the study's arms allow, `arms.svg`, `bins.svg`, `defence.svg`, `datamodel.svg`, `patterns.svg`.
+    """Draw what the study's arms allow, `arms.svg`, `bins.svg`, `bins_margin.svg`, `defence.svg`,
+    `datamodel.svg`, `patterns.svg`.
 
     Returns the paths.
 
@@ -25,7 +26,14 @@ def draw_figures(folder: Path, summary: Mapping[str, Any], described: Sequence[M
     arms = {n: a for n, a in summary["arms"].items() if a["attack_success_rate"] and not n.startswith(("subset_", "bin_"))}
     plots: dict[str, Any] = {"arms": lambda ax: _intervals(ax, {n: a["attack_success_rate"] for n, a in arms.items()})}
     if summary["bins"]:
-        plots["bins"] = lambda ax: _bins(ax, summary)
+        rates = {n: a["attack_success_rate"] for n, a in summary["arms"].items()}
+        plots["bins"] = lambda ax: _bins(ax, summary["bins"], rates, 100, "harmful requests answered, %", (-2, 102))
+    if summary["margin_lost"]["bins"]:
+        margins = {
+            n: {"mean": a["refusal_margin"], "interval": a["refusal_margin_interval"]} for n, a in summary["arms"].items()
+        }
+        label = "refusal margin left, nats"
+        plots["bins_margin"] = lambda ax: _bins(ax, summary["margin_lost"]["bins"], margins, 1, label)
     if summary["defence"]:
         plots["defence"] = lambda ax: _defence(ax, arms)
     if summary["datamodel"]:
@@ -50,19 +58,22 @@ def _intervals(ax: Any, estimates: Mapping[str, Mapping[str, Any]]) -> None:
     ax.grid(axis="x", alpha=0.3)
 
 
-def _bins(ax: Any, summary: Mapping[str, Any]) -> None:
-    for column in summary["bins"]:
-        suffixes = [f":{column}", ""]
-        found = [
-            next(e for s in suffixes if (e := summary["arms"].get(f"bin_{i}{s}")) is not None)["attack_success_rate"]
-            for i in range(1, 6)
-        ]
-        means = [100 * f["mean"] for f in found]
-        ax.plot(range(1, 6), means, marker="o", label=plain(column))
-        ax.fill_between(range(1, 6), *([100 * f["interval"][side] for f in found] for side in (0, 1)), alpha=0.15)
+def _bins(
+    ax: Any,
+    columns: Iterable[str],
+    arms: Mapping[str, Any],
+    scale: float,
+    label: str,
+    limits: tuple[float, float] | None = None,
+) -> None:
+    for column in columns:
+        found = [next(e for s in (f":{column}", "") if (e := arms.get(f"bin_{i}{s}")) is not None) for i in range(1, 6)]
+        ax.plot(range(1, 6), [scale * f["mean"] for f in found], marker="o", label=plain(column))
+        ax.fill_between(range(1, 6), *([scale * f["interval"][side] for f in found] for side in (0, 1)), alpha=0.15)
     ax.set_xticks(range(1, 6), ["riskiest\nfifth", "2", "3", "4", "least\nrisky"])
-    ax.set_ylabel("harmful requests answered, %")
-    ax.set_ylim(-2, 102)
+    ax.set_ylabel(label)
+    if limits:
+        ax.set_ylim(*limits)
     ax.legend()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from ..select import spearman
 
 DRAWS = 10_000
-# Whether each answer complied, [seeds, prompts]: 1, 0, or NaN where it could not be judged.
+# What became of each prompt [seeds, prompts]: whether its answer complied, 1 or 0, or the margin lost; NaN where unknown.
 Outcomes = np.ndarray
 
 
@@ -31,7 +31,7 @@ class Estimate:
 
 
 def success(outcomes: Outcomes) -> Estimate:
-    """The attack success rate, with an interval over seeds and prompts: both are drawn with replacement.
+    """The mean (of compliance: the attack success rate), with an interval over seeds and prompts, drawn with replacement.
 
     With few seeds the interval is too narrow for what another seed would give; with one it is over prompts alone.
     """
@@ -42,7 +42,7 @@ def success(outcomes: Outcomes) -> Estimate:
 
 
 def difference(a: Outcomes, b: Outcomes) -> Estimate:
-    """Attack success of `a` minus that of `b`, with an interval: seeds drawn for each, prompts for both together.
+    """The mean of `a` minus that of `b`, with an interval: seeds drawn for each, prompts for both together.
 
     Args:
         a, b: outcomes [seeds, prompts] on the same prompts in the same order; seeds may differ in number.
@@ -77,10 +77,10 @@ def kept(before: Outcomes, whole: Outcomes, part: Outcomes) -> dict[str, Any]:
 
 
 def monotone(bins: Sequence[Outcomes]) -> dict[str, Any]:
-    """Whether attack success falls from the riskiest bin to the least risky one.
+    """Whether the harm falls from the riskiest bin to the least risky one.
 
     Returns:
-        `monotone` (no bin's mean is above the one before it), `spearman` between risk and success over the bins, and
+        `monotone` (no bin's mean is above the one before it), `spearman` between risk and harm over the bins, and
         `share`: of the bootstrap's draws in which the means are monotone.
     """
     means = np.array([np.nanmean(b) for b in bins])
@@ -122,10 +122,25 @@ def _draws(outcomes: Outcomes, seeds: np.ndarray, prompts: np.ndarray) -> np.nda
     return total / np.where(count, count, np.nan)
 
 
-def outcomes(records: Mapping[int, Sequence[Mapping[str, Any]]], side: str = "harmful") -> Outcomes:
-    """Whether each answer complied [seeds, prompts], from each seed's completions; NaN where unjudged."""
-    cells = [
-        [np.nan if r["refuses"] is None else float(not r["refuses"]) for r in records[seed] if r["side"] == side]
-        for seed in sorted(records)
-    ]
-    return np.array(cells)
+def complied(record: Mapping[str, Any]) -> float:
+    """Whether an answer complied, 1 or 0; NaN where unjudged."""
+    return np.nan if record["refuses"] is None else float(not record["refuses"])
+
+
+def margin_lost(record: Mapping[str, Any]) -> float:
+    """The negative of a prompt's refusal margin, nats, so that more is worse; NaN where there is none.
+
+    It moves where attack success is at its floor or ceiling, and differs less from one order of training to the next. Only
+    differences of it mean something, in which the margin before tuning cancels.
+    """
+    margin = record.get("margin")
+    return np.nan if margin is None else -float(margin)
+
+
+def outcomes(
+    records: Mapping[int, Sequence[Mapping[str, Any]]],
+    side: str = "harmful",
+    value: Callable[[Mapping[str, Any]], float] = complied,
+) -> Outcomes:
+    """The value of each answer [seeds, prompts], from each seed's completions."""
+    return np.array([[value(r) for r in records[seed] if r["side"] == side] for seed in sorted(records)])

@@ -9,59 +9,55 @@ import numpy as np
 
 from .arms import BINS
 from .attack import Outcome
-from .statistics import correlation, difference, kept, monotone, outcomes, success
+from .statistics import correlation, difference, kept, margin_lost, monotone, outcomes, success
 from .study import Plan
 
 TOP, MATCHED = "top", "random_length_matched"
 
 
 def summarize(found: Mapping[str, Sequence[Outcome]], made: Plan) -> dict[str, Any]:
-    """All of a study's figures as plain values.
+    """All of a study's figures as plain values: those of `compare`, and `datamodel` where subsets were run."""
+    return {**compare(found, next(iter(made.pool.risks))), "datamodel": datamodel(found, made)}
+
+
+def compare(found: Mapping[str, Sequence[Outcome]], by: str) -> dict[str, Any]:
+    """What follows from the runs alone.
 
     Failed runs (diverged, gibberish) count as failed and are left out of every rate.
 
+    Args:
+        found: each arm's outcomes by seed, `before` among them.
+        by: the score that arms without a column of their own go by.
+
     Returns:
         `arms`: for each arm `attack_success_rate` (`Estimate` as a dict, or `None`), `coherent_attack_success_rate`,
-        `benign_refusal_rate`, `held_out_loss` (means over seeds; by seed in `by_seed`), `held_out_loss_change` against before
-        tuning, and `failed`. `separates`: whether top minus length-matched random is above zero with its whole interval,
-        `None` where one of the two arms is missing. `differences`, `bins`, `defence` and `datamodel` where their arms were run.
+        `benign_refusal_rate`, `refusal_margin` and its `refusal_margin_interval`, `held_out_loss` (means over seeds; by seed in
+        `by_seed`), `held_out_loss_change` against before tuning, and `failed`. `separates`: whether top minus length-matched
+        random is above zero with its whole interval, `None` where one of the two arms is missing. `differences` and `bins` of
+        attack success, the same of the refusal margin lost in `margin_lost`, and `defence`, where their arms were run.
     """
-    sound = {arm: [o for o in several if o.problem is None] for arm, several in found.items()}
+    sound = _sound(found)
     cells = {arm: outcomes({o.seed: o.records for o in several}) for arm, several in sound.items() if several}
+    lost = {arm: outcomes({o.seed: o.records for o in sound[arm]}, value=margin_lost) for arm in cells}
+    lost = {arm: values for arm, values in lost.items() if np.isfinite(values).any()}
     before = found["before"][0]
-    arms = {arm: _arm(several, cells.get(arm), before) for arm, several in found.items()}
-    result: dict[str, Any] = {"arms": arms, "differences": {}, "separates": None}
-    for top in [arm for arm in cells if arm == TOP or arm.startswith(f"{TOP}:")]:
-        # What is matched in length or kept out of the top is so for the arm `top` alone.
-        for other in ("random", MATCHED, "random_list_only", "bottom") if top == TOP else ("random",):
-            if other in cells:
-                result["differences"][f"{top} - {other}"] = difference(cells[top], cells[other]).as_dict()
-    if (against := result["differences"].get(f"top - {MATCHED}")) is not None:
+    arms = {arm: _arm(several, cells.get(arm), lost.get(arm), before) for arm, several in found.items()}
+    result: dict[str, Any] = {"arms": arms, "separates": None, **_contrasts(cells, by), "margin_lost": _contrasts(lost, by)}
+    if (against := result["differences"].get(f"{TOP} - {MATCHED}")) is not None:
         result["separates"] = against["interval"][0] > 0
     elif found.get(TOP) and found.get(MATCHED):
         result["separates"] = False  # one of the two arms failed with every seed
-    columns = sorted({name.partition(":")[2] for name in cells if name.startswith("bin_")})
-    result["bins"] = {
-        column or next(iter(made.pool.risks)): monotone(bins)
-        for column in columns
-        if len(bins := [cells[name] for name in _bins(column) if name in cells]) == BINS
-    }
-    for arm in [name for name in cells if name.startswith("filtered:")]:
-        for other in ("all", f"random_{arm}"):
-            if other in cells:
-                result["differences"][f"{other} - {arm}"] = difference(cells[other], cells[arm]).as_dict()
     result["defence"] = _defence(arms, cells)
-    result["datamodel"] = datamodel(sound, made)
     return result
 
 
-def datamodel(sound: Mapping[str, Sequence[Outcome]], made: Plan) -> dict[str, Any]:
+def datamodel(found: Mapping[str, Sequence[Outcome]], made: Plan) -> dict[str, Any]:
     """How well each score's mean over a random subset predicts what training on the subset does, by rank correlation.
 
     A linear datamodelling test (Park et al. 2023, TRAK, section 4): over the `subsets:M` arms, each score's mean against the
     attack success rate, and against the fall of the refusal margin, which moves where the rate is at its floor.
     """
-    runs = [o for arm, several in sound.items() if arm.startswith("subset_") for o in several]
+    runs = [o for arm, several in _sound(found).items() if arm.startswith("subset_") for o in several]
     if len(runs) < 3:
         return {}
     success_rates = [o.check["harmful"]["attack_success_rate"] for o in runs]
@@ -73,8 +69,34 @@ def datamodel(sound: Mapping[str, Sequence[Outcome]], made: Plan) -> dict[str, A
     return table
 
 
-def _arm(several: Sequence[Outcome], cells: np.ndarray | None, before: Outcome) -> dict[str, Any]:
+def _sound(found: Mapping[str, Sequence[Outcome]]) -> dict[str, list[Outcome]]:
+    return {arm: [o for o in several if o.problem is None] for arm, several in found.items()}
+
+
+def _contrasts(cells: Mapping[str, np.ndarray], by: str) -> dict[str, Any]:
+    """The `differences` between arms, and whether the `bins` of each score are in order."""
+    differences: dict[str, Any] = {}
+    for top in [arm for arm in cells if arm == TOP or arm.startswith(f"{TOP}:")]:
+        # What is matched in length or kept out of the top is so for the arm `top` alone.
+        for other in ("random", MATCHED, "random_list_only", "bottom") if top == TOP else ("random",):
+            if other in cells:
+                differences[f"{top} - {other}"] = difference(cells[top], cells[other]).as_dict()
+    for arm in [name for name in cells if name.startswith("filtered:")]:
+        for other in ("all", f"random_{arm}"):
+            if other in cells:
+                differences[f"{other} - {arm}"] = difference(cells[other], cells[arm]).as_dict()
+    columns = sorted({name.partition(":")[2] for name in cells if name.startswith("bin_")})
+    bins = {
+        column or by: monotone(found)
+        for column in columns
+        if len(found := [cells[name] for name in _bins(column) if name in cells]) == BINS
+    }
+    return {"differences": differences, "bins": bins}
+
+
+def _arm(several: Sequence[Outcome], cells: np.ndarray | None, lost: np.ndarray | None, before: Outcome) -> dict[str, Any]:
     sound = [o for o in several if o.problem is None]
+    margin = None if lost is None else success(lost)
     mean = lambda values: float(np.mean(known)) if (known := [v for v in values if v is not None]) else None  # noqa: E731
     loss = mean(o.held_out_loss for o in sound)
     base = before.held_out_loss
@@ -82,7 +104,8 @@ def _arm(several: Sequence[Outcome], cells: np.ndarray | None, before: Outcome) 
         "attack_success_rate": None if cells is None else success(cells).as_dict(),
         "coherent_attack_success_rate": mean(o.check["harmful"]["coherent_attack_success_rate"] for o in sound),
         "benign_refusal_rate": mean((o.check["benign"] or {}).get("rate") for o in sound),
-        "refusal_margin": mean((o.check["margin"] or {}).get("mean") for o in sound),
+        "refusal_margin": None if margin is None else -margin.mean,
+        "refusal_margin_interval": None if margin is None else [-margin.high, -margin.low],
         "held_out_loss": loss,
         "held_out_loss_change": None if loss is None or not base else loss / base - 1,
         "by_seed": {o.seed: o.check["harmful"]["attack_success_rate"] for o in sound},
