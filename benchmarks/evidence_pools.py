@@ -4,6 +4,7 @@ python benchmarks/evidence_pools.py fuse variants.parquet main.parquet      adds
 python benchmarks/evidence_pools.py join main.parquet more.parquet ... out.parquet   adds score columns of the same rows
 python benchmarks/evidence_pools.py sample main.parquet defence.parquet     600 scored rows drawn at random
 python benchmarks/evidence_pools.py again pool.jsonl benchmarks/results/views again.parquet   risk_again: kept top rows first
+python benchmarks/evidence_pools.py again sample.parquet benchmarks/results/defence again.parquet --arm filtered:0.2 (removed)
 python benchmarks/evidence_pools.py scores main.parquet benchmarks/results/scores.parquet     the scores without the rows
 """
 
@@ -59,12 +60,18 @@ def sample(ds: Dataset, rows: int, seed: int) -> Dataset:
     return ds.select(np.sort(chosen))
 
 
-def again(ds: Dataset, results: Path) -> Dataset:
-    """With a score that puts the rows of a kept study's arm `top` first, in their order, to train on them once more."""
+def again(ds: Dataset, results: Path, arm: str) -> Dataset:
+    """With a score that puts the rows of a kept study's arm first, in their order, to train on them once more.
+
+    Of a `filtered:SHARE`, the rows that it removed, all alike: the same share of the highest scores is the same filter.
+    """
     runs = [json.loads(line)["run"] for line in gzip.decompress((results / "runs.jsonl.gz").read_bytes()).splitlines()]
-    top = next(run["rows"] for run in runs if run["arm"] == "top")
+    rows = {run["arm"]: run["rows"] for run in runs}
     values = np.zeros(len(ds))
-    values[top] = np.arange(len(top), 0, -1)
+    if arm.startswith("filtered:"):
+        values[np.setdiff1d(rows["all"], rows[arm])] = 1
+    else:
+        values[rows[arm]] = np.arange(len(rows[arm]), 0, -1)
     return ds.add_column("risk_again", values.tolist())
 
 
@@ -84,6 +91,7 @@ def main() -> None:
     parser.add_argument("scored")
     parser.add_argument("more", nargs="*", help="of join: further files of the same rows; of again: the kept study")
     parser.add_argument("out", type=Path)
+    parser.add_argument("--arm", default="top", help="of again: top, bottom or filtered:SHARE, with or without :COLUMN")
     parser.add_argument("--rows", type=int, default=600)
     parser.add_argument("--seed", type=int, default=7)
     args = parser.parse_args()
@@ -96,7 +104,7 @@ def main() -> None:
         for file in args.more:
             ds = join(ds, Dataset.from_parquet(file))
     elif args.what == "again":
-        ds = again(ds, Path(args.more[0]))
+        ds = again(ds, Path(args.more[0]), args.arm)
     elif args.what == "sample":
         ds = sample(ds, args.rows, args.seed)
     else:

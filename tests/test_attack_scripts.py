@@ -147,10 +147,14 @@ def test_pools_are_fused_joined_and_sampled(tmp_path: Path, monkeypatch: pytest.
 def test_a_kept_arm_is_trained_on_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = script("benchmarks/evidence_pools.py")
     (tmp_path / "pool.jsonl").write_text("".join(json.dumps({"prompt": p, "completion": p}) + "\n" for p in "abcd"))
-    runs = [{"run": {"arm": arm, "rows": found}} for arm, found in (("random", [0, 1]), ("top", [3, 1]))]
+    arms = (("random", [0, 1]), ("top", [3, 1]), ("all", [0, 1, 2, 3]), ("filtered:0.25", [0, 1, 3]))
+    runs = [{"run": {"arm": arm, "rows": found}} for arm, found in arms]
     (tmp_path / "runs.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, runs)).encode()))
     run_main(module, monkeypatch, "again", tmp_path / "pool.jsonl", tmp_path, tmp_path / "again.parquet")
     assert pq.read_table(tmp_path / "again.parquet")["risk_again"].to_pylist() == [0.0, 1.0, 0.0, 2.0]
+    named = [tmp_path / "pool.jsonl", tmp_path, tmp_path / "filter.parquet", "--arm", "filtered:0.25"]
+    run_main(module, monkeypatch, "again", *named)
+    assert pq.read_table(tmp_path / "filter.parquet")["risk_again"].to_pylist() == [0.0, 0.0, 1.0, 0.0]
 
 
 def test_four_views_of_a_row(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
