@@ -32,7 +32,7 @@ def draw_figures(folder: Path, summary: Mapping[str, Any], described: Sequence[M
         margins = {
             n: {"mean": a["refusal_margin"], "interval": a["refusal_margin_interval"]} for n, a in summary["arms"].items()
         }
-        label = "refusal margin left, nats"
+        label = "refusal margin left, nats per token"
         plots["bins_margin"] = lambda ax: _bins(ax, summary["margin_lost"]["bins"], margins, 1, label)
     if summary["defence"]:
         plots["defence"] = lambda ax: _defence(ax, arms)

@@ -128,7 +128,7 @@ def complied(record: Mapping[str, Any]) -> float:
 
 
 def margin_lost(record: Mapping[str, Any]) -> float:
-    """The negative of a prompt's refusal margin, nats, so that more is worse; NaN where there is none.
+    """The negative of a prompt's refusal margin, nats per token, so that more is worse; NaN where there is none.
 
     It moves where attack success is at its floor or ceiling, and differs less from one order of training to the next. Only
     differences of it mean something, in which the margin before tuning cancels.
