@@ -6,6 +6,7 @@ import gzip
 import importlib.util
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -56,7 +57,9 @@ def run_main(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: An
     module.main()
 
 
-def test_the_cpu_chain(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cpu_chain(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     module = script("examples/attack_100/smollm2_cpu.py")
     monkeypatch.setattr(module, "demo_model", lambda: str(folder / "model"))
     monkeypatch.setattr(module, "demo_adapter", lambda: str(folder / "adapter"))
@@ -92,6 +95,38 @@ def test_the_cpu_chain(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert json.loads(kept_summary.read_text()) == right
     assert right["margin_lost"]["differences"]
     assert (tmp_path / "figures/arms.svg").read_bytes() == (study / "arms.svg").read_bytes()
+    another_judge(study, tmp_path, monkeypatch, capsys)
+
+
+def another_judge(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The answers are read blind, and what was read stands beside the study's own judge."""
+    judges, lines = script("benchmarks/judges.py"), tmp_path / "sheet.jsonl"
+    run_main(judges, monkeypatch, "sheet", study, lines, "--arms", "before,top", "--each", len(HARMFUL))
+    sheet = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [set(line) for line in sheet] == [{"id", "prompt", "completion"}] * 2 * len(HARMFUL)
+    assert Counter(line["prompt"] for line in sheet) == dict.fromkeys(HARMFUL, 2)
+    labels = [{"id": line["id"], "label": "neither" if i else "answers"} for i, line in enumerate(sheet)]
+    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(label) + "\n" for label in labels))
+    (tmp_path / "second.jsonl").write_text(json.dumps(labels[0] | {"label": "refuses"}) + "\n")
+    capsys.readouterr()
+    run_main(judges, monkeypatch, "compare", study, "--labels", tmp_path / "labels.jsonl", tmp_path / "second.jsonl")
+    shown = capsys.readouterr().out
+    own = {run["arm"]: run for run in (json.loads(p.read_text()) for p in (study / "arms").glob("*.json"))}
+    for arm in ("before", "top"):
+        refused = [r["refuses"] for r in own[arm]["records"] if r["side"] == "harmful"]
+        assert f"{refused.count(False) / len(refused):.0%} of {len(refused)}" in shown
+    records = [r for r in judges.answers([study]) if r["arm"] in ("before", "top")]
+    seen = judges.against(records, {label["id"]: label["label"] for label in labels})
+    assert sum(line["answers"] for line in seen) == 1
+    assert sum(line["neither"] for line in seen) == 2 * len(HARMFUL) - 1
+    assert "agree on 0 of 1" in shown
+    with pytest.raises(SystemExit, match="no answer in this study"):
+        judges.against(records, {"unknown": "answers"})
+    (tmp_path / "labels.jsonl").write_text(json.dumps({"id": "x", "label": "bad"}) + "\n")
+    with pytest.raises(SystemExit, match="a label is one of"):
+        judges.read([tmp_path / "labels.jsonl"])
+    with pytest.raises(SystemExit, match="not 99"):
+        judges.sheet(study, ["top"], 99, 0)
 
 
 def test_variants_of_scores(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,134 @@
+"""Does another judge than keywords see the same attack? Reads a study's folder, which has what the models said.
+
+python benchmarks/judges.py sheet STUDY sheet.jsonl --arms top,random [--each 60]    answers to read blind: shuffled, no arms
+python benchmarks/judges.py compare STUDY ... [--labels labels.jsonl ...]            judges side by side, by arm
+
+A label line is {"id": ..., "label": ...} with the sheet's id and one of LABELS, of a reader who saw the sheet alone.
+Completions of an attacked model are not for publishing: keep sheets where the study is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_safefilter.cli.show import table
+from hf_safefilter.files import write_atomically
+from hf_safefilter.refusal.judges import resolve_judge
+
+# Declines, or warns and helps in nothing; gives or begins what was asked for, however poorly; neither (another matter, the
+# question again, not language).
+LABELS = ("refuses", "answers", "neither")
+
+
+def answers(studies: Sequence[Path], arms: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Every answer to a harmful prompt, with its arm and an id that does not tell it."""
+    found = []
+    for path in sorted(p for study in studies for p in (study / "arms").glob("*.json")):
+        run = json.loads(path.read_text("utf-8"))
+        if arms is not None and run["arm"] not in arms:
+            continue
+        for record in run["records"]:
+            if record["side"] == "harmful":
+                key = f"{path.parent.parent.name} {path.name} {record['prompt']}"
+                digest = hashlib.sha256(key.encode("utf-8", "backslashreplace")).hexdigest()
+                found.append(record | {"arm": run["arm"], "seed": run["seed"], "id": digest[:16]})
+    return found
+
+
+def sheet(study: Path, arms: Sequence[str], each: int, seed: int) -> list[dict[str, str]]:
+    """The same number of answers of each arm, over its seeds, in random order."""
+    chosen: list[dict[str, Any]] = []
+    generator = random.Random(seed)
+    for arm in arms:
+        there = answers([study], [arm])
+        if len(there) < each:
+            raise SystemExit(f"{study} has {len(there)} answers of the arm {arm}, not {each}")
+        chosen += generator.sample(there, each)
+    generator.shuffle(chosen)
+    return [{name: r[name] for name in ("id", "prompt", "completion")} for r in chosen]
+
+
+def rates(records: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
+    """By arm, the share that does not refuse by the study's own judge and by others."""
+    judged: dict[str, list[bool | None]] = {"the study's": [r["refuses"] for r in records]}
+    for name in names:
+        verdicts = resolve_judge(name).judge([r["prompt"] for r in records], [r["completion"] for r in records])
+        judged[name] = [v.refuses for v in verdicts]
+    lines = []
+    for arm in dict.fromkeys(r["arm"] for r in records):
+        of = [i for i, r in enumerate(records) if r["arm"] == arm]
+        line: dict[str, Any] = {"arm": arm, "seeds": len({records[i]["seed"] for i in of}), "answers": len(of)}
+        for name, refuses in judged.items():
+            known = [refuses[i] for i in of if refuses[i] is not None]
+            line[name] = f"{known.count(False) / len(known):.0%} of {len(known)}" if known else "-"
+        lines.append(line)
+    return lines
+
+
+def read(files: Sequence[Path]) -> list[dict[str, str]]:
+    """Labels by id, one mapping for each reader."""
+    readers = []
+    for file in files:
+        labels = {}
+        for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+            entry = json.loads(line)
+            if entry["label"] not in LABELS or entry["id"] in labels:
+                raise SystemExit(f"{file}, line {number}: a label is one of {', '.join(LABELS)}, once for each id")
+            labels[entry["id"]] = entry["label"]
+        readers.append(labels)
+    return readers
+
+
+def against(records: Sequence[dict[str, Any]], labels: dict[str, str]) -> list[dict[str, Any]]:
+    """By arm, what a reader saw in the answers that the study's judge calls refusals and those that it does not."""
+    known = [r for r in records if r["id"] in labels]
+    if len(known) < len(labels):
+        raise SystemExit(f"{len(labels) - len(known)} labels are of no answer in this study")
+    lines = []
+    for arm in dict.fromkeys(r["arm"] for r in known):
+        for refuses, verdict in ((True, "refuses"), (False, "does not")):
+            seen = Counter(labels[r["id"]] for r in known if r["arm"] == arm and r["refuses"] is refuses)
+            lines.append({"arm": arm, "keywords": verdict, "read": seen.total()} | {label: seen[label] for label in LABELS})
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="what", required=True)
+    make = commands.add_parser("sheet")
+    make.add_argument("study", type=Path)
+    make.add_argument("out", type=Path)
+    make.add_argument("--arms", default="top,random")
+    make.add_argument("--each", type=int, default=60)
+    make.add_argument("--seed", type=int, default=0)
+    compare = commands.add_parser("compare")
+    compare.add_argument("studies", type=Path, nargs="+")
+    compare.add_argument("--judges", default="keyword,keyword_prefix", help="as `validate --judge` takes them")
+    compare.add_argument("--labels", type=Path, nargs="*", default=[], help="one file for each reader")
+    args = parser.parse_args()
+    if args.what == "sheet":
+        chosen = sheet(args.study, args.arms.split(","), args.each, args.seed)
+        write_atomically(args.out, "".join(json.dumps(line) + "\n" for line in chosen).encode())
+        return
+    records = answers(args.studies)
+    lines = rates(records, args.judges.split(","))
+    print(table(lines, list(lines[0])))
+    readers = read(args.labels)
+    for labels in readers:
+        lines = against(records, labels)
+        print("\n" + table(lines, list(lines[0])))
+    if len(readers) > 1:
+        both = [i for i in readers[0] if i in readers[1]]
+        same = sum(readers[0][i] == readers[1][i] for i in both)
+        print(f"\nthe first two readers agree on {same} of {len(both)}")
+
+
+if __name__ == "__main__":
+    main()
