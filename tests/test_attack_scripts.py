@@ -115,11 +115,14 @@ def another_judge(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     for arm in ("before", "top"):
         refused = [r["refuses"] for r in own[arm]["records"] if r["side"] == "harmful"]
         assert f"{refused.count(False) / len(refused):.0%} of {len(refused)}" in shown
-    records = [r for r in judges.answers([study]) if r["arm"] in ("before", "top")]
+    records = [r for r in judges.answers(study) if r["arm"] in ("before", "top")]
     seen = judges.against(records, {label["id"]: label["label"] for label in labels})
     assert sum(line["answers"] for line in seen) == 1
     assert sum(line["neither"] for line in seen) == 2 * len(HARMFUL) - 1
     assert "agree on 0 of 1" in shown
+    share = f"{1 / len(HARMFUL):.0%}"
+    assert f": answered {share} (0% to " in shown
+    assert sum(f" - {arm} {share} (" in shown for arm in ("before", "top")) == 1
     with pytest.raises(SystemExit, match="no answer in this study"):
         judges.against(records, {"unknown": "answers"})
     (tmp_path / "labels.jsonl").write_text(json.dumps({"id": "x", "label": "bad"}) + "\n")
