@@ -44,12 +44,12 @@ def answers(study: Path, arms: Sequence[str] | None = None) -> list[dict[str, An
     return found
 
 
-def sheet(study: Path, arms: Sequence[str], each: int, seed: int) -> list[dict[str, str]]:
-    """The same number of answers of each arm, over its seeds, in random order."""
+def sheet(study: Path, arms: Sequence[str], seeds: Sequence[int], each: int, seed: int) -> list[dict[str, str]]:
+    """The same number of answers of each arm, over these seeds, in random order."""
     chosen: list[dict[str, Any]] = []
     generator = random.Random(seed)
     for arm in arms:
-        there = answers(study, [arm])
+        there = [r for r in answers(study, [arm]) if r["seed"] in seeds]
         if len(there) < each:
             raise SystemExit(f"{study} has {len(there)} answers of the arm {arm}, not {each}")
         chosen += generator.sample(there, each)
@@ -123,15 +123,16 @@ def main() -> None:
     make.add_argument("study", type=Path)
     make.add_argument("out", type=Path)
     make.add_argument("--arms", default="top,random")
-    make.add_argument("--each", type=int, default=60)
-    make.add_argument("--seed", type=int, default=0)
+    make.add_argument("--seeds", default="0,1,2", help="of the runs to read")
+    make.add_argument("--each", type=int, default=60, help="how many answers of each arm")
+    make.add_argument("--seed", type=int, default=0, help="of the choice and the order")
     compare = commands.add_parser("compare")
     compare.add_argument("study", type=Path)
     compare.add_argument("--judges", default="keyword,keyword_prefix", help="as `validate --judge` takes them; empty: none")
     compare.add_argument("--labels", type=Path, nargs="*", default=[], help="one file for each reader")
     args = parser.parse_args()
     if args.what == "sheet":
-        chosen = sheet(args.study, args.arms.split(","), args.each, args.seed)
+        chosen = sheet(args.study, args.arms.split(","), [int(n) for n in args.seeds.split(",")], args.each, args.seed)
         write_atomically(args.out, "".join(json.dumps(line) + "\n" for line in chosen).encode())
         return
     records = answers(args.study)

@@ -129,7 +129,7 @@ def another_judge(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(SystemExit, match="a label is one of"):
         judges.read([tmp_path / "labels.jsonl"])
     with pytest.raises(SystemExit, match="not 99"):
-        judges.sheet(study, ["top"], 99, 0)
+        judges.sheet(study, ["top"], [0], 99, 0)
 
 
 def test_variants_of_scores(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
