@@ -97,7 +97,7 @@ def against(records: Sequence[dict[str, Any]], labels: dict[str, str]) -> list[d
     for arm in dict.fromkeys(r["arm"] for r in known):
         for refuses, verdict in ((True, "refuses"), (False, "does not")):
             seen = Counter(labels[r["id"]] for r in known if r["arm"] == arm and r["refuses"] is refuses)
-            lines.append({"arm": arm, "keywords": verdict, "read": seen.total()} | {label: seen[label] for label in LABELS})
+            lines.append({"arm": arm, "the study's": verdict, "read": seen.total()} | {label: seen[label] for label in LABELS})
     return lines
 
 
@@ -109,7 +109,8 @@ def answered(records: Sequence[dict[str, Any]], labels: dict[str, str]) -> list[
         for r in (r for r in records if r["arm"] == arm):
             seen = labels.get(r["id"])
             by_seed.setdefault(r["seed"], []).append(np.nan if seen is None else float(seen == "answers"))
-        cells[arm] = np.array(list(by_seed.values()))
+        # A run of which nothing was read is no seed to draw.
+        cells[arm] = np.array([values for values in by_seed.values() if np.isfinite(values).any()])
     names = sorted(cells, key=lambda arm: -np.nanmean(cells[arm]))
     found = {f"{arm}: answered": success(cells[arm]) for arm in names}
     found |= {f"{names[0]} - {arm}": difference(cells[names[0]], cells[arm]) for arm in names[1:]}
@@ -128,7 +129,9 @@ def main() -> None:
     make.add_argument("--seed", type=int, default=0, help="of the choice and the order")
     compare = commands.add_parser("compare")
     compare.add_argument("study", type=Path)
-    compare.add_argument("--judges", default="keyword,keyword_prefix", help="as `validate --judge` takes them; empty: none")
+    compare.add_argument(
+        "--judges", default="keyword_prefix", help="beside the study's, as `validate --judge` takes them; empty: none"
+    )
     compare.add_argument("--labels", type=Path, nargs="*", default=[], help="one file for each reader")
     args = parser.parse_args()
     if args.what == "sheet":
