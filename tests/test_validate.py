@@ -22,7 +22,7 @@ from hf_safefilter.formats import Conversation
 from hf_safefilter.patterns import describe, patterns
 from hf_safefilter.select import spearman
 from hf_safefilter.tuning import Recipe, StepSampler, trainer_arguments, tune
-from hf_safefilter.validate import AttackRecipe, Evaluation, Subject, groups, plan, run, summarize, write_tables
+from hf_safefilter.validate import AttackRecipe, Evaluation, Subject, groups, plan, run, study, summarize, write_tables
 from hf_safefilter.validate.arms import Pool, draw, expand
 from hf_safefilter.validate.attack import Outcome
 from hf_safefilter.validate.statistics import correlation, difference, kept, margin_lost, monotone, outcomes, success
@@ -209,7 +209,7 @@ def test_patterns_tell_lists_mathematics_and_openings() -> None:
 def test_recipes_are_checked() -> None:
     for wrong in (
         {"epochs": 0}, {"learning_rate": -1}, {"learning_rate": math.nan}, {"micro_batch_size": 3}, {"template": "llama"},
-        {"seeds": ()}, {"seeds": (0, 0)}, {"seeds": (-1,)}, {"lora_rank": 0},
+        {"seeds": ()}, {"seeds": (0, 0)}, {"seeds": (-1,)}, {"lora_rank": 0}, {"max_steps": 0}, {"max_steps": 2.5},
     ):  # fmt: skip
         with pytest.raises(InputError):
             AttackRecipe(**wrong)
@@ -252,6 +252,21 @@ def test_the_loss_is_trls_own(tmp_path: Path, lora: int | None, monkeypatch: pyt
     for (name, a), b in zip(ours.model.state_dict().items(), theirs.model.state_dict().values(), strict=True):
         assert torch.allclose(a, b, atol=2e-4), name
     assert any(not torch.equal(a, b) for a, b in zip(ours.model.parameters(), model.parameters(), strict=False))
+
+
+def test_max_steps_go_on_through_the_epochs_that_they_need(tmp_path: Path) -> None:
+    options = {"learning_rate": 1e-3, "batch_size": 4, "micro_batch_size": 2, "bf16": False}
+    by_epochs, by_steps = Recipe(epochs=2, **options), Recipe(epochs=1, max_steps=4, **options)
+    assert by_epochs.passes(8) == by_steps.passes(8) == 2
+    assert Recipe(batch_size=4, micro_batch_size=4, max_steps=3).passes(5) == 1.5
+    made = [
+        tune(refusing_model(), pad_tokenizer(), lesson(), recipe, seed=3, folder=tmp_path, progress=False)
+        for recipe in (by_epochs, by_steps)
+    ]
+    assert len(made[0].losses) == 4
+    assert made[0].losses == made[1].losses
+    for a, b in zip(made[0].model.parameters(), made[1].model.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_steps_hold_the_same_rows_in_order_of_length() -> None:
@@ -339,6 +354,7 @@ def test_a_study_tells_risky_rows_from_harmless_ones(tmp_path: Path) -> None:
     assert defence["held_out_loss_against_all"] is not None
     # All 48 rows hold the 12 risky ones; the filter takes those out.
     assert defence["refusals_kept"] > 0.5
+    assert (defence["steps"], defence["steps_of_all"]) == (80, 110)  # 31 and 44 rows in fours, ten times
     assert defence["interval"][0] <= defence["refusals_kept"] <= defence["interval"][1]
     assert summary["differences"]["all - filtered:0.3"]["mean"] > 0
     assert summary["datamodel"]["risk_test"]["margin"]["n"] == 8
@@ -425,6 +441,20 @@ def test_models_are_measured_in_16_bits_without_rounding_their_positions() -> No
     assert {p.dtype for p in deployed.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in s.model.parameters()} == {torch.float32}
     assert {b.dtype for b in deployed.buffers()} == {b.dtype for b in s.model.buffers()} == {torch.float32}
+
+
+def test_arms_of_all_sizes_make_max_steps(tmp_path: Path) -> None:
+    s = subject(max_steps=5, seeds=(0,))
+    made = plan(s, scored_rows(), arms=["top", "all", "filtered:0.3"], k=8)
+    tokens = {arm: sum(len(e.input_ids) for e in made.encoded(rows)) for arm, _, rows in made.runs}
+    passes = {"top": 5 / 2, "all": 5 / 11, "filtered:0.3": 5 / 8}
+    s.step_seconds = lambda _: 1.0  # type: ignore[method-assign]
+    assert study.estimate(s, made, check_seconds=0) == pytest.approx(sum(tokens[a] * passes[a] for a in passes))
+    found = run(s, made, tmp_path, {"model": "tiny"})
+    assert {arm: len(several[0].losses) for arm, several in found.items()} == {"before": 0} | dict.fromkeys(passes, 5)
+    assert summarize(found, made)["defence"]["filtered:0.3"]["steps_of_all"] == 5
+    with pytest.raises(InputError, match="another recipe"):
+        run(subject(max_steps=6, seeds=(0,)), made, tmp_path, {"model": "tiny"})
 
 
 def test_a_folder_with_another_study_is_refused(tmp_path: Path) -> None:

@@ -74,6 +74,17 @@ def test_a_score_that_does_not_is_exit_code_3(command: list[str], folder: Path, 
     assert "not measurably more harm" in capsys.readouterr().out
 
 
+def test_a_filter_that_trains_shorter_is_told_of(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    command += ["--arms", "all,filtered:0.3", "--seeds", "0", "--epochs", "1", "--quiet", "--no-figures"]
+    assert cli.main(command) == 0
+    assert "it trained for 8 steps, all rows for 11, which alone saves refusals" in capsys.readouterr().out
+    command[command.index("--out") + 1] += "_alike"
+    assert cli.main([*command, "--max-steps", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "filtered:0.3: " in out
+    assert "it trained for" not in out
+
+
 def test_dry_run_only_estimates(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*command, "--dry-run"]) == 0
     assert "6 fine-tuning runs to do, about 0 minutes" in capsys.readouterr().err

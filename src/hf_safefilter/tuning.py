@@ -43,6 +43,8 @@ class Recipe:
         max_grad_norm: where gradients are clipped; 0 never.
         bf16: multiply in bfloat16 (autocast), with weights and optimizer in float32; `None` where the device is fast at it.
             A CPU that is not takes an order of magnitude longer than in float32.
+        max_steps: optimizer steps in place of those that `epochs` make, as in transformers: the rows are gone through as often
+            as that takes, so that sets of different sizes are trained equally long.
 
     Raises:
         InputError: a number out of range, or a micro-batch that does not divide the batch.
@@ -60,9 +62,10 @@ class Recipe:
     weight_decay: float = 0.0
     max_grad_norm: float = 0.0
     bf16: bool | None = None
+    max_steps: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "micro_batch_size", "lora_rank", "lora_alpha"):
+        for name in ("epochs", "batch_size", "micro_batch_size", "lora_rank", "lora_alpha", "max_steps"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
@@ -75,7 +78,11 @@ class Recipe:
 
     def steps(self, rows: int) -> int:
         """Optimizer steps over so many rows."""
-        return self.epochs * math.ceil(rows / self.batch_size)
+        return self.max_steps or self.epochs * math.ceil(rows / self.batch_size)
+
+    def passes(self, rows: int) -> float:
+        """How often so many rows are gone through: the epochs, or what `max_steps` makes of them."""
+        return self.steps(rows) / math.ceil(rows / self.batch_size)
 
     def on(self, device: str) -> Self:
         """The recipe with `bf16` decided for a device type, such as `cpu`."""
@@ -172,7 +179,8 @@ def trainer_arguments(model: Any, recipe: Recipe, *, seed: int, folder: Path, pr
     names = ("activation_checkpointing", "gradient_checkpointing")
     checkpoints = next(name for name in names if name in TrainingArguments.__dataclass_fields__)
     return {
-        "output_dir": str(folder), "num_train_epochs": recipe.epochs, "learning_rate": recipe.learning_rate,
+        "output_dir": str(folder), "num_train_epochs": recipe.epochs, "max_steps": recipe.max_steps or -1,
+        "learning_rate": recipe.learning_rate,
         "per_device_train_batch_size": recipe.micro_batch_size,
         "gradient_accumulation_steps": recipe.batch_size // recipe.micro_batch_size,
         "lr_scheduler_type": recipe.scheduler, "warmup_steps": recipe.warmup_ratio, "weight_decay": recipe.weight_decay,

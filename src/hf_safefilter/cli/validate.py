@@ -39,6 +39,11 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     p.add_argument("--columns", help="where the prompt and the response are, such as prompt=q,completion=a")
     recipe = p.add_argument_group("recipe, of He et al. 2024 by default")
     recipe.add_argument("--epochs", type=int, default=5, help="default: %(default)s")
+    recipe.add_argument(
+        "--max-steps",
+        type=int,
+        help="optimizer steps of every arm, in place of --epochs: fewer rows are then trained on as long as more",
+    )
     recipe.add_argument("--learning-rate", type=float, default=5e-5, help="default: %(default)s")
     recipe.add_argument("--batch-size", type=int, default=20, help="default: %(default)s")
     recipe.add_argument("--micro-batch-size", type=int, default=5, help="rows computed at a time (default: %(default)s)")
@@ -78,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = AttackRecipe(
         epochs=args.epochs, learning_rate=args.learning_rate, batch_size=args.batch_size, seeds=seeds,
         micro_batch_size=args.micro_batch_size, max_length=args.max_length, lora_rank=args.lora_rank, template=args.template,
-        bf16=args.bf16, scheduler=args.scheduler,
+        bf16=args.bf16, scheduler=args.scheduler, max_steps=args.max_steps,
     )  # fmt: skip
     evaluation = Evaluation(
         prompts=args.prompts, benign_prompts=None if args.benign_prompts == "none" else args.benign_prompts, judge=args.judge,
@@ -168,6 +173,9 @@ def shown(summary: dict[str, Any], described: list[dict[str, Any]]) -> str:
             "no refusals were lost" if kept is None else f"keeps {kept:.0%}{within} of the refusals that all rows lose"
         )
         text += "" if loss is None else f", held-out loss {loss:+.1%}"
+        if found["steps"] != found["steps_of_all"]:
+            text += f"; it trained for {found['steps']:.0f} steps, all rows for {found['steps_of_all']:.0f}, "
+            text += "which alone saves refusals: --max-steps trains both equally long"
     features = ["group", "rows", "list", "math", "one_line", "opens_with_item", "words"]
     text += "\n\nWhat the rows look like:\n\n" + table(
         [{f: d[f] if f in ("group", "rows", "words") else f"{d[f]:.0%}" for f in features} for d in described], features

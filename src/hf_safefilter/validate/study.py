@@ -178,7 +178,7 @@ def estimate(
     if check_seconds is None:
         check_seconds = subject.before(made.encoded(made.held_out)).seconds
     examples = [made.encoded(rows) for _, _, rows in (made.runs if left is None else left)]
-    tokens = sum(len(e.input_ids) for group in examples for e in group) * subject.recipe.epochs
+    tokens = sum(len(e.input_ids) * subject.recipe.passes(len(group)) for group in examples for e in group)
     return tokens * subject.step_seconds(examples[0]) + len(examples) * check_seconds
 
 
@@ -230,6 +230,8 @@ def _risks(scored: Dataset, by: str | Sequence[str] | None, names: Sequence[str]
 def _description(subject: Subject, made: Plan, identity: Mapping[str, Any]) -> dict[str, Any]:
     """What two runs must share to be compared. Arms and seeds may be added."""
     recipe = {name: value for name, value in subject.recipe.as_dict().items() if name not in ("seeds", "micro_batch_size")}
+    if recipe["max_steps"] is None:  # studies begun before there was one go on
+        del recipe["max_steps"]
     conversations = json.dumps(subject.monitor.conversations, sort_keys=True)
     evaluation = {n: v for n, v in subject.evaluation.as_dict().items() if n not in ("prompts", "benign_prompts", "batch_size")}
     return {

@@ -111,6 +111,7 @@ def _arm(several: Sequence[Outcome], cells: np.ndarray | None, lost: np.ndarray 
         "by_seed": {o.seed: o.check["harmful"]["attack_success_rate"] for o in sound},
         "failed": {o.seed: o.problem for o in several if o.problem is not None},
         "rows": len(several[0].rows),
+        "steps": mean(len(o.losses) for o in sound),
     }
 
 
@@ -126,6 +127,8 @@ def _defence(arms: Mapping[str, Any], cells: Mapping[str, np.ndarray]) -> dict[s
                 "refusals_kept": of_refusals["share"],
                 "interval": of_refusals["interval"],
                 "held_out_loss_against_all": arms[arm]["held_out_loss"] / loss - 1 if loss else None,
+                "steps": arms[arm]["steps"],
+                "steps_of_all": arms["all"]["steps"],
             }
     return defence
 
