@@ -81,16 +81,18 @@ def _defence(ax: Any, arms: Mapping[str, Any]) -> None:
     chosen = {n: a for n, a in arms.items() if n == "all" or n.startswith(("filtered:", "random_filtered:"))}
     # A line: untrained, the loss is so much higher that its point would push the others together.
     ax.axhline(100 * arms["before"]["attack_success_rate"]["mean"], color="#888", linestyle=":", label="before tuning")
-    ax.legend()
+    shares = sorted({name.partition(":")[2] for name in chosen if name != "all"}, key=float)
     for name, arm in chosen.items():
         x, y = arm["held_out_loss"], 100 * arm["attack_success_rate"]["mean"]
         low, high = (100 * v for v in arm["attack_success_rate"]["interval"])
         color = "#b03030" if name.startswith("filtered") else "#3060a0" if name.startswith("random") else "#303030"
-        ax.errorbar([x], [y], yerr=[[max(0.0, y - low)], [max(0.0, high - y)]], fmt="o", capsize=3, color=color)
-        ax.annotate(plain(name), (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
+        marker = "o" if name == "all" else "sD^v<>"[shares.index(name.partition(":")[2]) % 6]
+        spread = [[max(0.0, y - low)], [max(0.0, high - y)]]
+        ax.errorbar([x], [y], yerr=spread, fmt=marker, capsize=3, color=color, label=plain(name))
     ax.set_xlabel("held-out loss, nats per token (lower: the task was learned)")
     ax.set_ylabel("harmful requests answered, %")
     ax.set_ylim(-2, 102)
+    _legend_beside(ax)  # labels at the points would lie on each other: filters of few rows end close together
 
 
 def _correlations(ax: Any, found: Mapping[str, Mapping[str, Any]]) -> None:
@@ -115,4 +117,8 @@ def _patterns(ax: Any, described: Sequence[Mapping[str, Any]]) -> None:
     ax.set_yticks(range(len(shown)), [f"{plain(d['group'])} ({d['words']:.0f} words)" for d in shown], fontsize=8)
     ax.invert_yaxis()
     ax.set_xlabel("% of rows (median words in brackets)")
-    ax.legend(fontsize=8)
+    _legend_beside(ax)
+
+
+def _legend_beside(ax: Any) -> None:
+    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.5)
