@@ -21,8 +21,9 @@ def spread(interval: list[float] | None, form: str = "{:.0%}") -> str:
 
 def arms(summary: dict[str, Any]) -> str:
     lines = [
-        "| arm | rows | seeds | attack success | 95% | each seed | coherent | margin | 95% | over-refusal | held-out loss |",
-        "|" + " --- |" * 11,
+        "| arm | rows | seeds | attack success | 95% | each seed | coherent | refusal probability | 95% | margin | 95% | "
+        "over-refusal | held-out loss |",
+        "|" + " --- |" * 13,
     ]
     for name, arm in summary["arms"].items():
         if name.startswith("subset_"):
@@ -31,7 +32,8 @@ def arms(summary: dict[str, Any]) -> str:
         seeds = ", ".join(f"{100 * v:.0f}" for v in arm["by_seed"].values())
         cells = [
             f"`{name}`", arm["rows"], len(arm["by_seed"]), share(rate.get("mean")), spread(rate.get("interval")), seeds,
-            share(arm["coherent_attack_success_rate"]), f"{arm['refusal_margin']:.2f}",
+            share(arm["coherent_attack_success_rate"]), share(arm["refusal_probability"]),
+            spread(arm["refusal_probability_interval"]), f"{arm['refusal_margin']:.2f}",
             spread(arm["refusal_margin_interval"], "{:.2f}"), share(arm["benign_refusal_rate"]), f"{arm['held_out_loss']:.3f}",
         ]  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
@@ -39,23 +41,29 @@ def arms(summary: dict[str, Any]) -> str:
 
 
 def differences(summary: dict[str, Any]) -> str:
-    lines = ["| difference | attack success, points | 95% | refusal margin lost | 95% |", "|" + " --- |" * 5]
+    lines = [
+        "| difference | attack success, points | 95% | refusal probability lost, points | 95% | refusal margin lost | 95% |",
+        "|" + " --- |" * 7,
+    ]
     for name, found in summary["differences"].items():
         lost = summary["margin_lost"]["differences"][name]
-        cells = [f"{100 * found['mean']:+.0f}", spread(found["interval"], "{:+.0%}")]
+        cells = []
+        for points in (found, summary["probability_lost"]["differences"][name]):
+            cells += [f"{100 * points['mean']:+.0f}", spread(points["interval"], "{:+.0%}")]
         cells += [f"{lost['mean']:+.2f}", spread(lost["interval"], "{:+.2f}")]
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def datamodel(summary: dict[str, Any], count: int) -> str:
-    """Scores by how well they predict the fall of the margin."""
+    """Scores by how well they predict the fall of the refusal probability."""
     table = summary["datamodel"]
-    rank = sorted(table, key=lambda name: -table[name]["margin"]["spearman"])
-    lines = ["| score | with attack success | 95% | with the margin's fall | 95% |", "| --- | --- | --- | --- | --- |"]
+    rank = sorted(table, key=lambda name: -table[name]["probability"]["spearman"])
+    fell = "| with the probability's fall | 95% | with the margin's fall | 95% |"
+    lines = [f"| score | with attack success | 95% {fell}", "|" + " --- |" * 7]
     for name in rank if not count else [*rank[:count], *[n for n in rank[count:] if n in ("length", "list")]]:
         cells = []
-        for outcome in ("attack_success_rate", "margin"):
+        for outcome in ("attack_success_rate", "probability", "margin"):
             found = table[name][outcome]
             cells += [f"{found['spearman']:+.2f}", spread(found["interval"], "{:+.2f}")]
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
@@ -92,13 +100,16 @@ def main() -> None:
         print(f"\nBins by `{by}`: monotone {found['monotone']}, Spearman {found['spearman']:+.2f}", end=", ")
         points = 100 * found["first_minus_last"]["mean"]
         print(f"monotone in {found['share']:.0%} of draws, first minus last {points:+.0f} points ({low:+.0%} to {high:+.0%})")
-        lost = summary["margin_lost"]["bins"][by]
-        interval = spread(lost["first_minus_last"]["interval"], "{:+.2f}")
-        print(f"the margin lost: monotone {lost['monotone']}, Spearman {lost['spearman']:+.2f}", end=", ")
-        print(f"in {lost['share']:.0%} of draws, first minus last {lost['first_minus_last']['mean']:+.2f} ({interval})")
+        for measure in ("probability", "margin"):
+            lost = summary[f"{measure}_lost"]["bins"][by]
+            interval = spread(lost["first_minus_last"]["interval"], "{:+.2f}")
+            print(f"the {measure} lost: monotone {lost['monotone']}, Spearman {lost['spearman']:+.2f}", end=", ")
+            print(f"in {lost['share']:.0%} of draws, first minus last {lost['first_minus_last']['mean']:+.2f} ({interval})")
     for arm, found in summary["defence"].items():
         part = f"{share(found['refusals_kept'])} ({spread(found['interval'])})"
-        print(f"\n`{arm}`: refusals kept {part}, held-out loss {found['held_out_loss_against_all']:+.1%}")
+        probable = f"{share(found['probability_kept'])} ({spread(found['probability_interval'])})"
+        print(f"\n`{arm}`: refusals kept {part}, of their probability {probable}", end=", ")
+        print(f"held-out loss {found['held_out_loss_against_all']:+.1%}")
     print("\n" + patterns(summary))
 
 

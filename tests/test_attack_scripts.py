@@ -90,10 +90,10 @@ def test_the_cpu_chain(
     assert summaries[0] == summaries[1]
     kept_summary = tmp_path / "kept/summary.json"
     right = json.loads(kept_summary.read_text())
-    kept_summary.write_text(json.dumps(right | {"differences": {}, "margin_lost": {}}))
+    kept_summary.write_text(json.dumps(right | {"differences": {}, "margin_lost": {}, "probability_lost": {}}))
     keeper.refresh(tmp_path / "kept", tmp_path / "figures")
     assert json.loads(kept_summary.read_text()) == right
-    assert right["margin_lost"]["differences"]
+    assert right["margin_lost"]["differences"].keys() == right["probability_lost"]["differences"].keys() == {"top - random"}
     assert (tmp_path / "figures/arms.svg").read_bytes() == (study / "arms.svg").read_bytes()
     another_judge(study, tmp_path, monkeypatch, capsys)
 

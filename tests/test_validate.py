@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from hf_safefilter.tuning import Recipe, StepSampler, trainer_arguments, tune
 from hf_safefilter.validate import AttackRecipe, Evaluation, Subject, groups, plan, run, study, summarize, write_tables
 from hf_safefilter.validate.arms import Pool, draw, expand
 from hf_safefilter.validate.attack import Outcome
-from hf_safefilter.validate.statistics import correlation, difference, kept, margin_lost, monotone, outcomes, success
+from hf_safefilter.validate.statistics import correlation, difference, kept, lost, monotone, outcomes, success
 from hf_safefilter.validate.summary import compare
 
 
@@ -161,9 +162,12 @@ def test_monotone_bins() -> None:
 
 
 def test_margins_are_compared_where_there_are_any() -> None:
-    records = {1: [{"side": "harmful", "refuses": True, "margin": 3.0}], 0: [{"side": "harmful", "refuses": None}]}
-    assert outcomes(records, value=margin_lost)[1, 0] == -3
-    assert np.isnan(outcomes(records, value=margin_lost)[0, 0])  # seeds in order; no margin was taken
+    there = {"side": "harmful", "refuses": True, "margin": 3.0, "probability": 0.25}
+    records = {1: [there], 0: [{"side": "harmful", "refuses": None}]}
+    for measure, value in (("margin", -3), ("probability", -0.25)):
+        found = outcomes(records, value=partial(lost, measure=measure))
+        assert found[1, 0] == value
+        assert np.isnan(found[0, 0])  # seeds in order; none was taken
     assert np.isnan(outcomes(records)[0, 0])
     rates = {"attack_success_rate": 0.5, "coherent_attack_success_rate": 0.5}
     check = {"harmful": rates, "benign": None, "margin": None}
@@ -171,8 +175,9 @@ def test_margins_are_compared_where_there_are_any() -> None:
     start = Outcome("before", 0, [], check, 1.0, [], None, bare, 1.0)
     summary = compare({arm: [replace(start, arm=arm)] for arm in ("before", "top", "random")}, "risk_x")
     assert summary["differences"]["top - random"]["mean"] == 0
-    assert summary["margin_lost"] == {"differences": {}, "bins": {}}
-    assert summary["arms"]["top"]["refusal_margin"] is summary["arms"]["top"]["refusal_margin_interval"] is None
+    assert summary["margin_lost"] == summary["probability_lost"] == {"differences": {}, "bins": {}}
+    for name in ("margin", "margin_interval", "probability", "probability_interval"):
+        assert summary["arms"]["top"][f"refusal_{name}"] is None
 
 
 @given(st.lists(st.integers(-5, 5), min_size=3, max_size=20))
@@ -357,16 +362,20 @@ def test_a_study_tells_risky_rows_from_harmless_ones(tmp_path: Path) -> None:
     assert (defence["steps"], defence["steps_of_all"]) == (80, 110)  # 31 and 44 rows in fours, ten times
     assert defence["interval"][0] <= defence["refusals_kept"] <= defence["interval"][1]
     assert summary["differences"]["all - filtered:0.3"]["mean"] > 0
-    assert summary["datamodel"]["risk_test"]["margin"]["n"] == 8
-    lost = summary["margin_lost"]
-    assert lost["differences"].keys() == summary["differences"].keys()
-    assert set(lost["bins"]) == {"risk_test"}
-    shift = arms["bottom"]["refusal_margin"] - arms["top"]["refusal_margin"]
-    assert lost["differences"]["top - bottom"]["mean"] == pytest.approx(shift)
-    for arm, several in found.items():
-        assert arms[arm]["refusal_margin"] == pytest.approx(np.mean([o.check["margin"]["mean"] for o in several]))
-        low, high = arms[arm]["refusal_margin_interval"]
-        assert low <= arms[arm]["refusal_margin"] <= high
+    for measure, name in (("margin", "mean"), ("probability", "probability")):
+        assert summary["datamodel"]["risk_test"][measure]["n"] == 8
+        fell = summary[f"{measure}_lost"]
+        assert fell["differences"].keys() == summary["differences"].keys()
+        assert set(fell["bins"]) == {"risk_test"}
+        left = {arm: found_of[f"refusal_{measure}"] for arm, found_of in arms.items()}
+        assert fell["differences"]["top - bottom"]["mean"] == pytest.approx(left["bottom"] - left["top"])
+        for arm, several in found.items():
+            assert left[arm] == pytest.approx(np.mean([o.check["margin"][name] for o in several]))
+            low, high = arms[arm][f"refusal_{measure}_interval"]
+            assert low <= left[arm] <= high
+    share = (left["filtered:0.3"] - left["all"]) / (left["before"] - left["all"])  # of the probability, the last
+    assert defence["probability_kept"] == pytest.approx(share)
+    assert defence["probability_interval"][0] <= share <= defence["probability_interval"][1]
     for name, tensor in s.model.state_dict().items():
         assert torch.equal(tensor, weights[name])  # the model under test stays as it was
     write_tables(tmp_path, found)
@@ -382,6 +391,7 @@ def test_a_study_tells_risky_rows_from_harmless_ones(tmp_path: Path) -> None:
         "arms.svg",
         "bins.svg",
         "bins_margin.svg",
+        "bins_probability.svg",
         "datamodel.svg",
         "defence.svg",
         "patterns.svg",

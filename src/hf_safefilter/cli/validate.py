@@ -162,7 +162,12 @@ def shown(summary: dict[str, Any], described: list[dict[str, Any]]) -> str:
         if (lost := summary["margin_lost"]["differences"].get(name)) is not None:
             low, high = lost["interval"]
             text += f", refusal margin lost {lost['mean']:+.2f} ({low:+.2f} to {high:+.2f})"
-    for measure, bins in (("attack success", summary["bins"]), ("the refusal margin lost", summary["margin_lost"]["bins"])):
+        if (lost := summary["probability_lost"]["differences"].get(name)) is not None:
+            low, high = lost["interval"]
+            text += f", probability lost {lost['mean']:+.1%} ({low:+.1%} to {high:+.1%})"
+    ordered = {"attack success": summary["bins"], "the refusal margin lost": summary["margin_lost"]["bins"]}
+    ordered["the refusal probability lost"] = summary["probability_lost"]["bins"]
+    for measure, bins in ordered.items():
         for column, found in bins.items():
             verdict = "falls from bin to bin" if found["monotone"] else "does not fall from bin to bin"
             text += f"\nbins by {column}: {measure} {verdict} (Spearman {found['spearman']:+.2f})"
@@ -172,6 +177,8 @@ def shown(summary: dict[str, Any], described: list[dict[str, Any]]) -> str:
         text += f"\n{arm}: " + (
             "no refusals were lost" if kept is None else f"keeps {kept:.0%}{within} of the refusals that all rows lose"
         )
+        if (share := found["probability_kept"]) is not None:
+            text += f", {share:.0%} of the probability of refusing"
         text += "" if loss is None else f", held-out loss {loss:+.1%}"
         if found["steps"] != found["steps_of_all"]:
             text += f"; it trained for {found['steps']:.0f} steps, all rows for {found['steps_of_all']:.0f}, "

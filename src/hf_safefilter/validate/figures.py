@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from ..figures import draw_svgs, plain
 
 
 def draw_figures(folder: Path, summary: Mapping[str, Any], described: Sequence[Mapping[str, Any]]) -> list[Path]:
-    """Draw what the study's arms allow, `arms.svg`, `bins.svg`, `bins_margin.svg`, `defence.svg`,
+    """Draw what the study's arms allow, `arms.svg`, `bins.svg`, `bins_margin.svg`, `bins_probability.svg`, `defence.svg`,
     `datamodel.svg`, `patterns.svg`.
 
     Returns the paths.
@@ -28,16 +29,20 @@ def draw_figures(folder: Path, summary: Mapping[str, Any], described: Sequence[M
     if summary["bins"]:
         rates = {n: a["attack_success_rate"] for n, a in summary["arms"].items()}
         plots["bins"] = lambda ax: _bins(ax, summary["bins"], rates, 100, "harmful requests answered, %", (-2, 102))
-    if summary["margin_lost"]["bins"]:
-        margins = {
-            n: {"mean": a["refusal_margin"], "interval": a["refusal_margin_interval"]} for n, a in summary["arms"].items()
+    for measure, scale, label, limits in (
+        ("margin", 1, "refusal margin left, nats per token", None),
+        ("probability", 100, "probability of opening with a refusal, %", (-2, 102)),
+    ):
+        left = {
+            n: {"mean": a[f"refusal_{measure}"], "interval": a[f"refusal_{measure}_interval"]}
+            for n, a in summary["arms"].items()
         }
-        label = "refusal margin left, nats per token"
-        plots["bins_margin"] = lambda ax: _bins(ax, summary["margin_lost"]["bins"], margins, 1, label)
+        if bins := summary[f"{measure}_lost"]["bins"]:
+            plots[f"bins_{measure}"] = partial(_bins, columns=bins, arms=left, scale=scale, label=label, limits=limits)
     if summary["defence"]:
         plots["defence"] = lambda ax: _defence(ax, arms)
     if summary["datamodel"]:
-        found = {name: of["margin"] for name, of in summary["datamodel"].items()}
+        found = {name: of["probability"] for name, of in summary["datamodel"].items()}
         plots["datamodel"] = lambda ax: _correlations(ax, found)
     plots["patterns"] = lambda ax: _patterns(ax, described)
     return draw_svgs(folder, plots)
@@ -104,7 +109,7 @@ def _correlations(ax: Any, found: Mapping[str, Mapping[str, Any]]) -> None:
     ax.axvline(0, color="#888", linewidth=0.8)
     ax.set_yticks(range(len(names)), [plain(n) for n in names], fontsize=7)
     ax.invert_yaxis()
-    ax.set_xlabel("rank correlation of a subset's mean score with the margin lost (95% interval)")
+    ax.set_xlabel("rank correlation of a subset's mean score with the refusal probability lost (95% interval)")
 
 
 def _patterns(ax: Any, described: Sequence[Mapping[str, Any]]) -> None:

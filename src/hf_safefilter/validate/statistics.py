@@ -11,7 +11,7 @@ import numpy as np
 from ..select import spearman
 
 DRAWS = 10_000
-# What became of each prompt [seeds, prompts]: whether its answer complied, 1 or 0, or the margin lost; NaN where unknown.
+# What became of each prompt [seeds, prompts]: whether its answer complied, 1 or 0, or what its refusal lost; NaN where unknown.
 Outcomes = np.ndarray
 
 
@@ -127,14 +127,14 @@ def complied(record: Mapping[str, Any]) -> float:
     return np.nan if record["refuses"] is None else float(not record["refuses"])
 
 
-def margin_lost(record: Mapping[str, Any]) -> float:
-    """The negative of a prompt's refusal margin, nats per token, so that more is worse; NaN where there is none.
+def lost(record: Mapping[str, Any], measure: str) -> float:
+    """The negative of a prompt's refusal `margin` (nats per token) or `probability`: more is worse; NaN where there is none.
 
-    It moves where attack success is at its floor or ceiling, and differs less from one order of training to the next. Only
-    differences of it mean something, in which the margin before tuning cancels.
+    Both move where attack success is at its floor or ceiling, and differ less from one order of training to the next. Only
+    differences of them mean something, in which what was there before tuning cancels.
     """
-    margin = record.get("margin")
-    return np.nan if margin is None else -float(margin)
+    value = record.get(measure)
+    return np.nan if value is None else -float(value)
 
 
 def outcomes(

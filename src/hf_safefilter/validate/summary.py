@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from .arms import BINS
 from .attack import Outcome
-from .statistics import correlation, difference, kept, margin_lost, monotone, outcomes, success
+from .statistics import correlation, difference, kept, lost, monotone, outcomes, success
 from .study import Plan
 
 TOP, MATCHED = "top", "random_length_matched"
+# Beside attack success, what `RefusalMonitor` takes of each prompt without an answer: see `refusal/margin.py`.
+MEASURES = ("margin", "probability")
 
 
 def summarize(found: Mapping[str, Sequence[Outcome]], made: Plan) -> dict[str, Any]:
@@ -31,23 +34,29 @@ def compare(found: Mapping[str, Sequence[Outcome]], by: str) -> dict[str, Any]:
 
     Returns:
         `arms`: for each arm `attack_success_rate` (`Estimate` as a dict, or `None`), `coherent_attack_success_rate`,
-        `benign_refusal_rate`, `refusal_margin` and its `refusal_margin_interval`, `held_out_loss` (means over seeds; by seed in
-        `by_seed`), `held_out_loss_change` against before tuning, and `failed`. `separates`: whether top minus length-matched
-        random is above zero with its whole interval, `None` where one of the two arms is missing. `differences` and `bins` of
-        attack success, the same of the refusal margin lost in `margin_lost`, and `defence`, where their arms were run.
+        `benign_refusal_rate`, `refusal_margin`, `refusal_probability` and their `..._interval`, `held_out_loss` (means over
+        seeds; by seed in `by_seed`), `held_out_loss_change` against before tuning, `steps`, and `failed`. `separates`: whether
+        top minus length-matched random is above zero with its whole interval, `None` where one of the two arms is missing.
+        `differences` and `bins` of attack success, the same of what is lost of the margin and the probability in `margin_lost`
+        and `probability_lost`, and `defence`, where their arms were run.
     """
     sound = _sound(found)
     cells = {arm: outcomes({o.seed: o.records for o in several}) for arm, several in sound.items() if several}
-    lost = {arm: outcomes({o.seed: o.records for o in sound[arm]}, value=margin_lost) for arm in cells}
-    lost = {arm: values for arm, values in lost.items() if np.isfinite(values).any()}
+    losses = {}
+    for measure in MEASURES:
+        taken = {arm: outcomes({o.seed: o.records for o in sound[arm]}, value=partial(lost, measure=measure)) for arm in cells}
+        losses[measure] = {arm: values for arm, values in taken.items() if np.isfinite(values).any()}
     before = found["before"][0]
-    arms = {arm: _arm(several, cells.get(arm), lost.get(arm), before) for arm, several in found.items()}
-    result: dict[str, Any] = {"arms": arms, "separates": None, **_contrasts(cells, by), "margin_lost": _contrasts(lost, by)}
+    arms = {
+        arm: _arm(several, cells.get(arm), {m: losses[m].get(arm) for m in MEASURES}, before) for arm, several in found.items()
+    }
+    result: dict[str, Any] = {"arms": arms, "separates": None, **_contrasts(cells, by)}
+    result |= {f"{measure}_lost": _contrasts(losses[measure], by) for measure in MEASURES}
     if (against := result["differences"].get(f"{TOP} - {MATCHED}")) is not None:
         result["separates"] = against["interval"][0] > 0
     elif found.get(TOP) and found.get(MATCHED):
         result["separates"] = False  # one of the two arms failed with every seed
-    result["defence"] = _defence(arms, cells)
+    result["defence"] = _defence(arms, cells, losses["probability"])
     return result
 
 
@@ -55,17 +64,18 @@ def datamodel(found: Mapping[str, Sequence[Outcome]], made: Plan) -> dict[str, A
     """How well each score's mean over a random subset predicts what training on the subset does, by rank correlation.
 
     A linear datamodelling test (Park et al. 2023, TRAK, section 4): over the `subsets:M` arms, each score's mean against the
-    attack success rate, and against the fall of the refusal margin, which moves where the rate is at its floor.
+    attack success rate, and against the fall of the refusal margin and probability, which move where the rate is at its floor.
     """
     runs = [o for arm, several in _sound(found).items() if arm.startswith("subset_") for o in several]
     if len(runs) < 3:
         return {}
-    success_rates = [o.check["harmful"]["attack_success_rate"] for o in runs]
-    margins = [-(o.check["margin"] or {}).get("mean", np.nan) for o in runs]
+    outcome = {"attack_success_rate": [o.check["harmful"]["attack_success_rate"] for o in runs]}
+    for measure, name in zip(MEASURES, ("mean", "probability"), strict=True):
+        outcome[measure] = [-(o.check["margin"] or {}).get(name, np.nan) for o in runs]
     table = {}
     for name, values in made.scores.items():
         means = [float(np.nanmean(values[o.rows])) for o in runs]
-        table[name] = {"attack_success_rate": correlation(means, success_rates), "margin": correlation(means, margins)}
+        table[name] = {measure: correlation(means, fell) for measure, fell in outcome.items()}
     return table
 
 
@@ -94,9 +104,15 @@ def _contrasts(cells: Mapping[str, np.ndarray], by: str) -> dict[str, Any]:
     return {"differences": differences, "bins": bins}
 
 
-def _arm(several: Sequence[Outcome], cells: np.ndarray | None, lost: np.ndarray | None, before: Outcome) -> dict[str, Any]:
+def _arm(
+    several: Sequence[Outcome], cells: np.ndarray | None, losses: Mapping[str, np.ndarray | None], before: Outcome
+) -> dict[str, Any]:
     sound = [o for o in several if o.problem is None]
-    margin = None if lost is None else success(lost)
+    left: dict[str, Any] = {}
+    for measure, values in losses.items():
+        gone = None if values is None else success(values)
+        left[f"refusal_{measure}"] = None if gone is None else -gone.mean
+        left[f"refusal_{measure}_interval"] = None if gone is None else [-gone.high, -gone.low]
     mean = lambda values: float(np.mean(known)) if (known := [v for v in values if v is not None]) else None  # noqa: E731
     loss = mean(o.held_out_loss for o in sound)
     base = before.held_out_loss
@@ -104,8 +120,7 @@ def _arm(several: Sequence[Outcome], cells: np.ndarray | None, lost: np.ndarray 
         "attack_success_rate": None if cells is None else success(cells).as_dict(),
         "coherent_attack_success_rate": mean(o.check["harmful"]["coherent_attack_success_rate"] for o in sound),
         "benign_refusal_rate": mean((o.check["benign"] or {}).get("rate") for o in sound),
-        "refusal_margin": None if margin is None else -margin.mean,
-        "refusal_margin_interval": None if margin is None else [-margin.high, -margin.low],
+        **left,
         "held_out_loss": loss,
         "held_out_loss_change": None if loss is None or not base else loss / base - 1,
         "by_seed": {o.seed: o.check["harmful"]["attack_success_rate"] for o in sound},
@@ -115,7 +130,7 @@ def _arm(several: Sequence[Outcome], cells: np.ndarray | None, lost: np.ndarray 
     }
 
 
-def _defence(arms: Mapping[str, Any], cells: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _defence(arms: Mapping[str, Any], cells: Mapping[str, np.ndarray], losses: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """What removing rows saves, of the refusals that training on all rows loses, and what it costs in utility."""
     if "all" not in cells:
         return {}
@@ -123,9 +138,13 @@ def _defence(arms: Mapping[str, Any], cells: Mapping[str, np.ndarray]) -> dict[s
     for arm in cells:
         if arm.startswith(("filtered:", "random_filtered:")):
             of_refusals = kept(cells["before"], cells["all"], cells[arm])
+            known = all(name in losses for name in ("before", "all", arm))
+            of_probability = kept(losses["before"], losses["all"], losses[arm]) if known else {"share": None, "interval": None}
             defence[arm] = {
                 "refusals_kept": of_refusals["share"],
                 "interval": of_refusals["interval"],
+                "probability_kept": of_probability["share"],
+                "probability_interval": of_probability["interval"],
                 "held_out_loss_against_all": arms[arm]["held_out_loss"] / loss - 1 if loss else None,
                 "steps": arms[arm]["steps"],
                 "steps_of_all": arms["all"]["steps"],
