@@ -61,7 +61,8 @@ def refresh(results: Path, figures: Path) -> None:
     summary |= compare({arm: sorted(found[arm], key=lambda run: run.seed) for arm in summary["arms"]}, summary["by"])
     (results / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
     figures.mkdir(parents=True, exist_ok=True)
-    draw_figures(figures, summary, summary["patterns"])
+    # The datamodelling test goes by the scores of all rows, which are not kept: its picture stays as it is.
+    draw_figures(figures, summary | {"datamodel": {}}, summary["patterns"])
 
 
 def restore(results: Path, study: Path) -> None:

@@ -56,14 +56,18 @@ def differences(summary: dict[str, Any]) -> str:
 
 
 def datamodel(summary: dict[str, Any], count: int) -> str:
-    """Scores by how well they predict the fall of the refusal probability."""
+    """Scores by how well they predict the fall of the refusal probability, or of the margin where a study is older."""
     table = summary["datamodel"]
-    rank = sorted(table, key=lambda name: -table[name]["probability"]["spearman"])
-    fell = "| with the probability's fall | 95% | with the margin's fall | 95% |"
-    lines = [f"| score | with attack success | 95% {fell}", "|" + " --- |" * 7]
+    outcomes = [o for o in ("attack_success_rate", "probability", "margin") if all(o in found for found in table.values())]
+    rank = sorted(table, key=lambda name: -table[name][outcomes[1]]["spearman"])
+    heads = {"attack_success_rate": "attack success", "probability": "the probability's fall", "margin": "the margin's fall"}
+    lines = [
+        "| score | " + " | ".join(f"with {heads[o]} | 95%" for o in outcomes) + " |",
+        "|" + " --- |" * (1 + 2 * len(outcomes)),
+    ]
     for name in rank if not count else [*rank[:count], *[n for n in rank[count:] if n in ("length", "list")]]:
         cells = []
-        for outcome in ("attack_success_rate", "probability", "margin"):
+        for outcome in outcomes:
             found = table[name][outcome]
             cells += [f"{found['spearman']:+.2f}", spread(found["interval"], "{:+.2f}")]
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
