@@ -11,7 +11,6 @@ python benchmarks/evidence_pools.py scores main.parquet benchmarks/results/score
 from __future__ import annotations
 
 import argparse
-import gzip
 import hashlib
 import json
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from keep_results import entries
 
 from hf_safefilter.files import replacing
 from hf_safefilter.select import score_columns, score_values
@@ -65,8 +65,7 @@ def again(ds: Dataset, results: Path, arm: str) -> Dataset:
 
     Of a `filtered:SHARE`, the rows that it removed, all alike: the same share of the highest scores is the same filter.
     """
-    runs = [json.loads(line)["run"] for line in gzip.decompress((results / "runs.jsonl.gz").read_bytes()).splitlines()]
-    rows = {run["arm"]: run["rows"] for run in runs}
+    rows = {entry["run"]["arm"]: entry["run"]["rows"] for entry in entries(results)}
     values = np.zeros(len(ds))
     if arm.startswith("filtered:"):
         values[np.setdiff1d(rows["all"], rows[arm])] = 1

@@ -31,6 +31,8 @@ def script(path: str) -> ModuleType:
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     assert spec.loader is not None
+    if (beside := str((ROOT / path).parent)) not in sys.path:  # as where it is run by its path
+        sys.path.append(beside)
     spec.loader.exec_module(module)
     return module
 
@@ -193,6 +195,24 @@ def test_a_kept_arm_is_trained_on_again(tmp_path: Path, monkeypatch: pytest.Monk
     named = [tmp_path / "pool.jsonl", tmp_path, tmp_path / "filter.parquet", "--arm", "filtered:0.25"]
     run_main(module, monkeypatch, "again", *named)
     assert pq.read_table(tmp_path / "filter.parquet")["risk_again"].to_pylist() == [0.0, 0.0, 1.0, 0.0]
+
+
+def test_measures_go_with_attack_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(i: int, arm: str = "random", problem: str | None = None) -> dict[str, Any]:
+        # Run i answers i of four prompts; its probability falls with i, its margin rises.
+        one = {"side": "harmful", "margin": float(i), "probability": 1 - i / 5}
+        records = [one | {"refuses": j >= i} for j in range(4)] + [{"side": "benign", "refuses": True}]
+        return {"run": {"arm": arm, "problem": problem, "records": records}}
+
+    runs = [*(run(i) for i in range(4)), run(4, "before"), run(0, problem="gibberish")]
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study/runs.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, runs)).encode()))
+    run_main(script("benchmarks/measures.py"), monkeypatch, tmp_path / "study")
+    head, _, line = capsys.readouterr().out.splitlines()
+    assert head == "| study | runs | attack success with the margin lost | with the probability lost |"
+    assert line.startswith("| study | 4 | -1.00 (-1.00 to -1.00) | +1.00 (+1.00 to +1.00) |")
 
 
 def test_four_views_of_a_row(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
