@@ -6,12 +6,13 @@ python benchmarks/measures.py benchmarks/results/attack_100 benchmarks/results/s
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from keep_results import entries
 
-from hf_safefilter.validate.statistics import complied, correlation, lost
+from hf_safefilter.validate.statistics import correlation, lost, outcomes
 from hf_safefilter.validate.summary import MEASURES
 
 
@@ -23,11 +24,11 @@ def main() -> None:
     print("|" + " --- |" * 4)
     for folder in args.results:
         runs = [entry["run"] for entry in entries(folder) if entry["run"]["arm"] != "before" and not entry["run"]["problem"]]
-        prompts = [[r for r in run["records"] if r["side"] == "harmful"] for run in runs]
-        rates = [np.nanmean([complied(r) for r in records]) for records in prompts]
+        rates = [np.nanmean(outcomes({0: run["records"]})) for run in runs]
         cells = []
         for measure in MEASURES:
-            found = correlation([np.nanmean([lost(r, measure) for r in records]) for records in prompts], rates)
+            value = partial(lost, measure=measure)
+            found = correlation([np.nanmean(outcomes({0: run["records"]}, value=value)) for run in runs], rates)
             low, high = found["interval"]
             cells.append(f"{found['spearman']:+.2f} ({low:+.2f} to {high:+.2f})")
         print(f"| {folder.name} | {len(runs)} | " + " | ".join(cells) + " |")

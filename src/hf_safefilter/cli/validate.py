@@ -159,15 +159,15 @@ def shown(summary: dict[str, Any], described: list[dict[str, Any]]) -> str:
     for name, found in summary["differences"].items():
         low, high = found["interval"]
         text += f"\n{name}: {found['mean']:+.1%} (95% {low:+.1%} to {high:+.1%})"
-        if (lost := summary["margin_lost"]["differences"].get(name)) is not None:
-            low, high = lost["interval"]
-            text += f", refusal margin lost {lost['mean']:+.2f} ({low:+.2f} to {high:+.2f})"
-        if (lost := summary["probability_lost"]["differences"].get(name)) is not None:
-            low, high = lost["interval"]
-            text += f", probability lost {lost['mean']:+.1%} ({low:+.1%} to {high:+.1%})"
-    ordered = {"attack success": summary["bins"], "the refusal margin lost": summary["margin_lost"]["bins"]}
-    ordered["the refusal probability lost"] = summary["probability_lost"]["bins"]
-    for measure, bins in ordered.items():
+        for key, measure, form in (("margin_lost", "refusal margin", "+.2f"), ("probability_lost", "probability", "+.1%")):
+            if (lost := summary[key]["differences"].get(name)) is not None:
+                low, high = lost["interval"]
+                text += f", {measure} lost {lost['mean']:{form}} ({low:{form}} to {high:{form}})"
+    for measure, bins in (
+        ("attack success", summary["bins"]),
+        ("the refusal margin lost", summary["margin_lost"]["bins"]),
+        ("the refusal probability lost", summary["probability_lost"]["bins"]),
+    ):
         for column, found in bins.items():
             verdict = "falls from bin to bin" if found["monotone"] else "does not fall from bin to bin"
             text += f"\nbins by {column}: {measure} {verdict} (Spearman {found['spearman']:+.2f})"

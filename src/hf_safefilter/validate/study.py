@@ -178,7 +178,7 @@ def estimate(
     if check_seconds is None:
         check_seconds = subject.before(made.encoded(made.held_out)).seconds
     examples = [made.encoded(rows) for _, _, rows in (made.runs if left is None else left)]
-    tokens = sum(len(e.input_ids) * subject.recipe.passes(len(group)) for group in examples for e in group)
+    tokens = sum(sum(len(e.input_ids) for e in group) * subject.recipe.passes(len(group)) for group in examples)
     return tokens * subject.step_seconds(examples[0]) + len(examples) * check_seconds
 
 
