@@ -109,7 +109,7 @@ def _correlations(ax: Any, found: Mapping[str, Mapping[str, Any]]) -> None:
     ax.axvline(0, color="#888", linewidth=0.8)
     ax.set_yticks(range(len(names)), [plain(n) for n in names], fontsize=7)
     ax.invert_yaxis()
-    ax.set_xlabel("rank correlation of a subset's mean score with the refusal probability lost (95% interval)")
+    ax.set_xlabel("rank correlation of a subset's mean score\nwith the refusal probability lost (95% interval)")
 
 
 def _patterns(ax: Any, described: Sequence[Mapping[str, Any]]) -> None:
